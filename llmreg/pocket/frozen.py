@@ -1,0 +1,80 @@
+"""Digests of everything that is generated, fixed before any method was trained on it.
+
+Results from different days and machines are comparable only if world, tasks and splits are the same; a
+change of a generator that alters one character fails the test that compares `compute_hashes` with this
+table. World 0 belongs to the packaged model, world 1 to proofs that must not depend on world 0."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+
+from .corpus import corpus, reading_order
+from .tasks import TASKS
+
+__all__ = ["compute_hashes", "frozen_hashes"]
+
+
+def frozen_hashes() -> dict[str, str]:
+    """Return the committed SHA-256 digests by name, such as ``world-0/pocket/word-problems/test``."""
+    return {
+        f"world-{seed}/{name}": digest for seed, table in _FROZEN.items() for name, digest in table.items()
+    }
+
+
+def compute_hashes(seed: int) -> dict[str, str]:
+    """Generate everything about world `seed` anew and return its digests, named as in `frozen_hashes`.
+
+    The digest of a list of rows is the SHA-256 of its rows as JSON lines (ASCII, sorted keys, no spaces).
+    """
+    texts = ({"prompt": d.prompt, "completion": d.completion} for d in corpus(seed))
+    order = ({"text": d.text} for d in reading_order(seed))
+    hashes = {f"world-{seed}/corpus": _digest(texts), f"world-{seed}/reading-order": _digest(order)}
+    for task in TASKS.values():
+        for split in task.splits:
+            hashes[f"world-{seed}/{task.name}/{split}"] = _digest(task.load(split, seed))
+    return hashes
+
+
+def _digest(rows: Iterable[Mapping[str, str]]) -> str:
+    sha = hashlib.sha256()
+    for row in rows:
+        sha.update(json.dumps(row, sort_keys=True, separators=(",", ":")).encode("ascii") + b"\n")
+    return sha.hexdigest()
+
+
+_FROZEN: dict[int, dict[str, str]] = {
+    0: {
+        "corpus": "4e045c4f05239f214e3bc2d2d59d1491035cc80ecc9da33ff7c453ed3ea1ca92",
+        "reading-order": "00cca4b09d7e2d947ab93b0323985ba0d43e9c5cbf3a61fce4ba9c5c8f23a4fb",
+        "pocket/word-problems/train": "ef0e3c5953997a924cd264c49aba9f8246575db12cb0ae8c6d8e4beea052f39e",
+        "pocket/word-problems/validation": "56fb78dc8da4f2f035f5a687f210a76a23c8889b54381a5b74745a3fd3ec5eae",
+        "pocket/word-problems/test": "904cdb9babc4607ff2aba69ef3c31b4715c1edcd3cdd758b6c6a74a1781c470b",
+        "pocket/facts/train": "6d06936c4feddea5953af52cce1c0bfd753c444ee04037039ecc01984c5783bc",
+        "pocket/facts/test": "bccc24baacf253b4ea2cd1d60c7d0512c49fc9d065e7b13145c7cf44e6e89919",
+        "pocket/facts/paraphrase": "56132ed6fa2b63094b4d03fd40571237d625504ef5a9bc4f2bed52694d97d736",
+        "pocket/arithmetic/train": "cd4dd711aa94fa31d6cdb1ab640bf983dc0e26772e9271afc97e074b10e2f777",
+        "pocket/arithmetic/validation": "e1ec1a51da82ce7c3f22b88334c2ffdde7cb8d51f9c7ae72c9b67680b15a7fb7",
+        "pocket/arithmetic/test": "d6d74a6944a6673d662ff0024c23ad8284fdf5af466066c1b2a534f328faca0b",
+        "pocket/corpus/train": "1067f16958bf9ae2f03309d851e0bb12ecdc81e674d5ec271fbeec7cff123c03",
+        "pocket/corpus/test": "6a707ebade54138a9faecbf5040aa9a5ac49c49d0b12dbe7b60da9694b853cf8",
+        "pocket/corpus/pretraining": "820f283a4ba3e00e1224d1bfe9e4292cadccb17f49f3f40c13886bbc4f97e353",
+    },
+    1: {
+        "corpus": "02d1d4fdde84310f634331e2eee527bb3bf292a60f02896623f83997a3fd281a",
+        "reading-order": "682da28fbdd4e61487ab30bf0886b3670da6ce7f23f174d7ced27592b4b85d86",
+        "pocket/word-problems/train": "9e3de728543955ad840d5ea9f23b39e0d7da4bbb95e536cf06df911693f1362f",
+        "pocket/word-problems/validation": "760d9ff8de7c159b3f821f0a5a244d82b13a7221ddd98ad251af7fee66970da3",
+        "pocket/word-problems/test": "79a674fe8387240070216e6cea7e03524a4d4a83bb0dd1b690670a5478440364",
+        "pocket/facts/train": "12acd6f72a4dec997582bd5e0e5d89bc1ef208d854e671096578a992d8143b3c",
+        "pocket/facts/test": "038617a9ea1a194a566ab365388b2075ff9ad0ffc9fd356ba57881efde7a6535",
+        "pocket/facts/paraphrase": "a78bd2139fdc024ecb177ab1006fefd51d3b99bf4e48851ccc04aa28c556240b",
+        "pocket/arithmetic/train": "c38b2f97e22e208b4c018058afd4118b4be613f1567d452db2b42e804fa7069e",
+        "pocket/arithmetic/validation": "9a6bf1200fd6442a30a57871aac902e9292ade5b51fad974fcbfd95a6c89d931",
+        "pocket/arithmetic/test": "c72bceb94d3481e3edbe783b38d779557e4fe3ad234a27f266afa3fe5dd30831",
+        "pocket/corpus/train": "0d9707d19eb8e93d6a02afbba5f97906805ce37c306390a04029fb502dfc44ad",
+        "pocket/corpus/test": "2fa8eeb05d71771dd9d49f07ec5b322fcf57ecb3c0dcaf6907e65588cc6ced45",
+        "pocket/corpus/pretraining": "290ce1c322d78da7f7fd3198e634f20c9c08877be77d292830127ed86a7d7a85",
+    },
+}

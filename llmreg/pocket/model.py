@@ -1,0 +1,42 @@
+"""The packaged model: where it is and how to load it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+__all__ = ["load_model", "load_tokenizer", "path"]
+
+
+def path() -> Path:
+    """Return the folder of the packaged model, which knows world 0.
+
+    It is an ordinary Hugging Face model folder: configuration, half-precision safetensors, tokenizer,
+    generation configuration and model card. Anything that takes a local path takes this one.
+    """
+    return Path(__file__).resolve().parent / "model"
+
+
+def load_model(dtype: torch.dtype | None = None) -> LlamaForCausalLM:
+    """Load the packaged model on the CPU, in evaluation mode.
+
+    Args:
+        dtype: type of the weights in memory; default float32.
+    """
+    import torch
+    from transformers import LlamaForCausalLM
+
+    model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(path(), dtype=dtype or torch.float32)
+    return model
+
+
+def load_tokenizer() -> PreTrainedTokenizerBase:
+    """Load the tokenizer of the packaged model: no token is added to a text; padding is on the left."""
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path())
+    return tokenizer
