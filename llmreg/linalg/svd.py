@@ -1,0 +1,166 @@
+"""Truncated singular value decomposition, exact or randomised: `W ~ U diag(S) Vh`.
+
+The randomised route never forms more than bases of a few times `rank` columns, draws from its own generator and
+returns the same bits for the same seed; the exact route is LAPACK's or cuSOLVER's. Both fix the signs.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llmreg.errors import UnsupportedError, WeightError
+from llmreg.linalg.krylov import golub_kahan, leading_triplets, start_block, subspace_start
+from llmreg.linalg.operators import LinearOperator, TransposedOperator, as_operator
+from llmreg.linalg.signs import fix_signs
+from llmreg.linalg.sketch import make_generator
+
+__all__ = ["SketchPlan", "check_rank", "exact_svd", "plan_sketch", "truncated_svd"]
+
+Method = Literal["randomized", "krylov", "subspace", "exact"]
+_METHODS = ("randomized", "krylov", "subspace", "exact")
+
+
+class SketchPlan(NamedTuple):
+    """`width` random vectors, `power_iterations` of subspace iteration, then `blocks` Krylov blocks kept."""
+
+    width: int
+    power_iterations: int
+    blocks: int
+
+    @property
+    def columns(self) -> int:
+        """Columns of the basis onto which the matrix is projected."""
+        return self.width * self.blocks
+
+    @property
+    def passes(self) -> int:
+        """Multiplications by the matrix or its transpose."""
+        return 2 * (self.power_iterations + self.blocks) - 1
+
+
+def plan_sketch(
+    rank: int,
+    *,
+    oversample: int | None = None,
+    power_iterations: int | None = None,
+    method: Literal["krylov", "subspace"] = "krylov",
+) -> SketchPlan:
+    """The sketch that `truncated_svd` uses for these arguments.
+
+    `krylov` keeps the start and every power of it: with neither argument given, 6 blocks of `rank / 2` (at least
+    12) columns; else `power_iterations + 1` blocks of `rank + oversample` columns.
+    `subspace` keeps the last power only, `rank + oversample` columns.
+    Where only one argument is given the other is `max(16, rank / 2)` or 4.
+    """
+    if method == "krylov" and oversample is None and power_iterations is None:
+        return SketchPlan(width=max(12, -(-rank // 2)), power_iterations=0, blocks=6)
+    width = rank + (max(16, -(-rank // 2)) if oversample is None else oversample)
+    iterations = 4 if power_iterations is None else power_iterations
+    if method == "krylov":
+        return SketchPlan(width=width, power_iterations=0, blocks=iterations + 1)
+    return SketchPlan(width=width, power_iterations=iterations, blocks=1)
+
+
+def truncated_svd(
+    W: Tensor | LinearOperator,
+    rank: int,
+    *,
+    method: Method = "randomized",
+    oversample: int | None = None,
+    power_iterations: int | None = None,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading `rank` singular triplets, `W ~ U diag(S) Vh`.
+
+    Args:
+        W: `(..., m, n)` tensor (float64, float32, or half precision, which is computed in float32), or a
+            `LinearOperator` such as `ProductOperator(W, C)`. Leading dimensions are a batch.
+        rank: `1 <= rank <= min(m, n)`.
+        method: `randomized` is `krylov` on a CPU and `subspace` elsewhere, where small eigenproblems are dear and
+            products cheap. `exact` is a full SVD, cut. A sketch that would not be narrower than the matrix is
+            replaced by `exact`.
+        oversample: random vectors beyond `rank`; None chooses (`plan_sketch`).
+        power_iterations: products with `W^T W` after the first with `W`; None chooses.
+        seed: of the sketch. The global random state is neither read nor changed.
+
+    Returns:
+        `U (..., m, rank)`, `S (..., rank)` descending and `Vh (..., rank, n)` in the compute dtype, on the device
+        of `W`. `U` and `Vh` are orthonormal also where the matrix has a lower rank (`S` is zero there), and the
+        largest-magnitude entry of each left vector is positive.
+
+    Raises:
+        UnsupportedError: not a dense real floating-point matrix, or an unknown method.
+        WeightError: NaN or Inf in `W`, an empty matrix, or a rank outside `1 ... min(m, n)`.
+
+    Source: Musco & Musco 2015 (block Krylov); Halko, Martinsson & Tropp 2011, algorithms 4.4 and 5.1.
+    """
+    A = as_operator(W)
+    check_rank(rank, A.shape)
+    _check_options(method, oversample, power_iterations)
+    if method == "randomized":
+        method = "krylov" if A.device.type == "cpu" else "subspace"
+    if method != "exact":
+        plan = plan_sketch(rank, oversample=oversample, power_iterations=power_iterations, method=method)
+        if plan.columns < min(A.shape[-2:]):
+            return _randomized_svd(A, rank, plan, seed)
+    U, S, Vh = exact_svd(A.dense())
+    U, Vh = fix_signs(U[..., :rank], Vh[..., :rank, :])
+    return U, S[..., :rank].clone(), Vh
+
+
+def _randomized_svd(
+    A: LinearOperator, rank: int, plan: SketchPlan, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`truncated_svd` by a sketch; the shorter side of `A` is made the right one, where the bases start."""
+    is_wide = A.shape[-2] < A.shape[-1]
+    tall = TransposedOperator(A) if is_wide else A
+    generator = make_generator(seed)
+    V = start_block(tall, plan.width, generator)
+    V = subspace_start(tall, V, plan.power_iterations, generator=generator)
+    U, S, Vh = leading_triplets(golub_kahan(tall, V, plan.blocks, generator=generator), rank)
+    if is_wide:
+        U, Vh = Vh.mT, U.mT
+    U, Vh = fix_signs(U, Vh)
+    return U.contiguous(), S, Vh.contiguous()
+
+
+def exact_svd(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD `(U, S, Vh)` of float32 or float64 matrices; signs as the library chose them.
+
+    Raises:
+        WeightError: NaN or Inf in `W`.
+    """
+    if not bool(torch.linalg.vector_norm(W, ord=float("inf"), dim=(-2, -1)).isfinite().all()):
+        raise WeightError(
+            "The matrix contains NaN or Inf; a singular value decomposition needs finite input."
+        )
+    try:
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    except torch.linalg.LinAlgError:
+        # Divide and conquer can stop on clustered singular values in float32; float64 then gets through.
+        U, S, Vh = (part.to(W.dtype) for part in torch.linalg.svd(W.to(torch.float64), full_matrices=False))
+    return U, S, Vh
+
+
+def check_rank(rank: int, shape: torch.Size) -> None:
+    """Raise `WeightError` unless `1 <= rank <= min(m, n)` for a matrix of this shape."""
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise WeightError(f"rank is {rank!r}; an integer is expected.")
+    if 0 in shape:
+        raise WeightError(f"The matrix has shape {tuple(shape)} and holds nothing to decompose.")
+    limit = min(shape[-2:])
+    if not 1 <= rank <= limit:
+        raise WeightError(
+            f"rank {rank} does not fit a matrix of shape {tuple(shape)}; choose a rank from 1 to {limit}."
+        )
+
+
+def _check_options(method: str, oversample: int | None, power_iterations: int | None) -> None:
+    if method not in _METHODS:
+        raise UnsupportedError(f"method is {method!r}; choose one of {', '.join(map(repr, _METHODS))}.")
+    for name, value in (("oversample", oversample), ("power_iterations", power_iterations)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            raise UnsupportedError(f"{name} is {value!r}; an integer of at least 0, or None, is expected.")
