@@ -1,17 +1,23 @@
 """The only door to a base weight, however it is stored."""
 
 from llmreg.weights.finite import check_finite
+from llmreg.weights.hashing import bytes_hash, module_bytes_hash
+from llmreg.weights.identity import Identity, identity_hash
 from llmreg.weights.quantized import dequantize, requantize
 from llmreg.weights.read import read_weight
 from llmreg.weights.source import SafetensorsSource
 from llmreg.weights.storage import Storage, is_supported, storage_of
 
 __all__ = [
+    "Identity",
     "SafetensorsSource",
     "Storage",
+    "bytes_hash",
     "check_finite",
     "dequantize",
+    "identity_hash",
     "is_supported",
+    "module_bytes_hash",
     "read_weight",
     "requantize",
     "storage_of",

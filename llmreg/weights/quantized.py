@@ -47,7 +47,7 @@ def dequantize(weight: torch.Tensor, *, name: str = "") -> torch.Tensor:
         return _dequantize_4bit(weight.data, getattr(weight, "quant_state", None), name)
     if kind == "Int8Params":
         return _dequantize_8bit(weight.data, getattr(weight, "SCB", None), name)
-    return weight.detach()
+    return weight.detach().as_subclass(torch.Tensor)
 
 
 def dequantize_module(module: nn.Module, storage: Storage, name: str) -> torch.Tensor:
@@ -95,7 +95,9 @@ def requantize(module: nn.Module, W: torch.Tensor, *, name: str = "") -> nn.Para
     W = W.detach()
     if storage.kind == "float":
         stored = W.t() if storage.transposed else W
-        return nn.Parameter(stored.to(storage.dtype, copy=True).contiguous(), requires_grad=False)
+        return nn.Parameter(
+            stored.to(storage.dtype, copy=True, memory_format=torch.contiguous_format), requires_grad=False
+        )
     if storage.kind == "int8":
         return _requantize_8bit(W, name)
     if storage.kind in ("nf4", "fp4"):
@@ -120,7 +122,7 @@ def quantized_parts(
         scales = int8_scales(module)
         if scales is None:
             raise _scales_lost(name)
-        yield "codes", module.weight.data  # type: ignore[misc]
+        yield "codes", module.weight.data.as_subclass(torch.Tensor)  # type: ignore[operator]
         yield "scales", scales.reshape(-1).float()
         return
     state = quant_state_4bit(module)
@@ -219,8 +221,10 @@ def _requantize_8bit(W: torch.Tensor, name: str) -> nn.Parameter:
 def _cast(W: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     """`W` contiguous in `dtype`; refuses values that become infinite there."""
     cast = W.to(dtype).contiguous()
-    if not all_finite(cast):
-        check_finite(W, name)
+    if all_finite(cast):
+        return cast
+    check_finite(W, name)
+    if bool(cast.isinf().any()):
         raise WeightError(
             f"{_layer(name)}: values do not fit {dtype}, in which bitsandbytes quantises this layer"
         )
@@ -229,6 +233,7 @@ def _cast(W: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
 
 def _as_bytes(packed: torch.Tensor) -> torch.Tensor:
     """Packed codes as a column of uint8, whatever dtype they are typed as. A view, not a copy."""
+    packed = packed.as_subclass(torch.Tensor)
     return packed.contiguous().reshape(-1).view(torch.uint8).reshape(-1, 1)
 
 

@@ -61,10 +61,10 @@ def read_weight(
 
 def whole(weight: torch.Tensor) -> torch.Tensor:
     """The detached plain tensor behind a parameter; a DTensor is gathered."""
-    weight = weight.detach()
     if is_dtensor(weight):
-        weight = weight.full_tensor()  # type: ignore[attr-defined]
-    return weight.data
+        return weight.detach().full_tensor()  # type: ignore[attr-defined]
+    weight = weight.detach()
+    return weight.as_subclass(torch.Tensor)
 
 
 def _read_meta(
