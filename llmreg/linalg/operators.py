@@ -1,8 +1,8 @@
 """Matrices that are only ever multiplied: the common input of every randomised decomposition here.
 
-A randomised SVD needs `A X` and `A^T Y`, nothing else. So a stored weight, a product `W C` that is never formed,
-and the inverse of a triangular product (whose *largest* components are the *smallest* of the product) all go
-through the same code.
+A randomised SVD needs `A X` and `A^T Y`, nothing else. So a stored weight, a product `W C` that is never
+formed, and the inverse of a triangular product (whose *largest* components are the *smallest* of the
+product) all go through the same code.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def compute_matrix(W: Tensor, name: str = "W") -> Tensor:
         raise UnsupportedError(f"{name} is a {type(W).__name__}; a torch.Tensor is expected.")
     if W.layout != torch.strided or W.is_quantized or not W.is_floating_point():
         raise UnsupportedError(
-            f"{name} is a {W.layout} tensor of {W.dtype}; a dense float64, float32, bfloat16 or float16 tensor is "
-            "expected. Dequantise it first."
+            f"{name} is a {W.layout} tensor of {W.dtype}; a dense float64, float32, bfloat16 or float16 "
+            "tensor is expected. Dequantise it first."
         )
     if W.is_meta:
         raise UnsupportedError(f"{name} is on the meta device and has no values; load it first.")
@@ -70,7 +70,7 @@ def compute_matrix(W: Tensor, name: str = "W") -> Tensor:
 
 
 class MatrixOperator:
-    """A stored matrix `(..., m, n)`. float32 and float64 are used in place; half precision is converted once."""
+    """A stored matrix `(..., m, n)`; float32 and float64 in place, half precision converted once."""
 
     def __init__(self, W: Tensor) -> None:
         self._matrix = compute_matrix(W)
@@ -101,7 +101,7 @@ class ProductOperator:
     """`A = F1 F2 ... Fk`, never formed: multiplications go through the factors one after the other.
 
     Args:
-        factors: matrices with matching inner dimensions and equal leading dimensions, one dtype after conversion.
+        factors: matrices with matching inner and equal leading dimensions, one dtype after conversion.
 
     Raises:
         UnsupportedError: fewer than one factor, or shapes, dtypes or devices that do not fit together.
@@ -115,9 +115,9 @@ class ProductOperator:
             fits = left.shape[-1] == right.shape[-2] and left.shape[:-2] == right.shape[:-2]
             if not fits or left.dtype != right.dtype or left.device != right.device:
                 raise UnsupportedError(
-                    f"factor {i + 1} is {tuple(left.shape)} {left.dtype} on {left.device} and factor {i + 2} is "
-                    f"{tuple(right.shape)} {right.dtype} on {right.device}; they cannot be multiplied. Expected: "
-                    "(..., m, k) and (..., k, n) of one dtype on one device."
+                    f"factor {i + 1} is {tuple(left.shape)} {left.dtype} on {left.device} and factor {i + 2} "
+                    f"is {tuple(right.shape)} {right.dtype} on {right.device}; they cannot be multiplied. "
+                    "Expected: (..., m, k) and (..., k, n) of one dtype on one device."
                 )
 
     @property

@@ -1,7 +1,7 @@
 """Gaussian test matrices that never touch the global random state.
 
-They are drawn on the CPU, once for a whole batch, and then moved and cast: one seed gives the same sketch on
-every device, in every dtype, and for a matrix alone or inside a batch of equal shapes.
+They are drawn on the CPU, once for a whole batch, and then moved and cast: one seed gives the same sketch
+on every device, in every dtype, and for a matrix alone or inside a batch of equal shapes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def gaussian_sketch(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """A `(rows, columns)` matrix of independent standard normals (Halko, Martinsson & Tropp 2011, section 4.1).
+    """A `(rows, columns)` matrix of independent standard normals (Halko et al. 2011, section 4.1).
 
     Args:
         generator: a CPU generator (`make_generator`); it advances by `rows * columns` float32 draws.

@@ -1,7 +1,8 @@
 """Truncated singular value decomposition, exact or randomised: `W ~ U diag(S) Vh`.
 
-The randomised route never forms more than bases of a few times `rank` columns, draws from its own generator and
-returns the same bits for the same seed; the exact route is LAPACK's or cuSOLVER's. Both fix the signs.
+The randomised route never forms more than bases of a few times `rank` columns, draws from its own
+generator and returns the same bits for the same seed; the exact route is LAPACK's or cuSOLVER's. Both fix
+the signs.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from llmreg.linalg.sketch import make_generator
 __all__ = ["SketchPlan", "check_rank", "exact_svd", "plan_sketch", "truncated_svd"]
 
 Method = Literal["randomized", "krylov", "subspace", "exact"]
+Triplets = tuple[Tensor, Tensor, Tensor]
 _METHODS = ("randomized", "krylov", "subspace", "exact")
 
 
@@ -50,8 +52,8 @@ def plan_sketch(
 ) -> SketchPlan:
     """The sketch that `truncated_svd` uses for these arguments.
 
-    `krylov` keeps the start and every power of it: with neither argument given, 6 blocks of `rank / 2` (at least
-    12) columns; else `power_iterations + 1` blocks of `rank + oversample` columns.
+    `krylov` keeps the start and every power of it: with neither argument given, 6 blocks of `rank / 2`
+    (at least 12) columns; else `power_iterations + 1` blocks of `rank + oversample` columns.
     `subspace` keeps the last power only, `rank + oversample` columns.
     Where only one argument is given the other is `max(16, rank / 2)` or 4.
     """
@@ -72,24 +74,24 @@ def truncated_svd(
     oversample: int | None = None,
     power_iterations: int | None = None,
     seed: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Triplets:
     """The leading `rank` singular triplets, `W ~ U diag(S) Vh`.
 
     Args:
-        W: `(..., m, n)` tensor (float64, float32, or half precision, which is computed in float32), or a
-            `LinearOperator` such as `ProductOperator(W, C)`. Leading dimensions are a batch.
+        W: `(..., m, n)` tensor (float64, float32, or half precision, which is computed in float32), or
+            a `LinearOperator` such as `ProductOperator(W, C)`. Leading dimensions are a batch.
         rank: `1 <= rank <= min(m, n)`.
-        method: `randomized` is `krylov` on a CPU and `subspace` elsewhere, where small eigenproblems are dear and
-            products cheap. `exact` is a full SVD, cut. A sketch that would not be narrower than the matrix is
-            replaced by `exact`.
+        method: `randomized` is `krylov` on a CPU and `subspace` elsewhere, where small eigenproblems are
+            dear and products cheap. `exact` is a full SVD, cut. A sketch that would not be narrower than
+            the matrix is replaced by `exact`.
         oversample: random vectors beyond `rank`; None chooses (`plan_sketch`).
         power_iterations: products with `W^T W` after the first with `W`; None chooses.
         seed: of the sketch. The global random state is neither read nor changed.
 
     Returns:
-        `U (..., m, rank)`, `S (..., rank)` descending and `Vh (..., rank, n)` in the compute dtype, on the device
-        of `W`. `U` and `Vh` are orthonormal also where the matrix has a lower rank (`S` is zero there), and the
-        largest-magnitude entry of each left vector is positive.
+        `U (..., m, rank)`, `S (..., rank)` descending and `Vh (..., rank, n)` in the compute dtype, on the
+        device of `W`. `U` and `Vh` are orthonormal also where the matrix has a lower rank (`S` is zero
+        there, to rounding), and the largest-magnitude entry of each left vector is positive.
 
     Raises:
         UnsupportedError: not a dense real floating-point matrix, or an unknown method.
@@ -111,10 +113,8 @@ def truncated_svd(
     return U, S[..., :rank].clone(), Vh
 
 
-def _randomized_svd(
-    A: LinearOperator, rank: int, plan: SketchPlan, seed: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`truncated_svd` by a sketch; the shorter side of `A` is made the right one, where the bases start."""
+def _randomized_svd(A: LinearOperator, rank: int, plan: SketchPlan, seed: int) -> Triplets:
+    """`truncated_svd` by a sketch; the bases start on the shorter side of `A`."""
     is_wide = A.shape[-2] < A.shape[-1]
     tall = TransposedOperator(A) if is_wide else A
     generator = make_generator(seed)
@@ -127,7 +127,7 @@ def _randomized_svd(
     return U.contiguous(), S, Vh.contiguous()
 
 
-def exact_svd(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def exact_svd(W: Tensor) -> Triplets:
     """Thin SVD `(U, S, Vh)` of float32 or float64 matrices; signs as the library chose them.
 
     Raises:
@@ -139,7 +139,7 @@ def exact_svd(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         )
     try:
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         # Divide and conquer can stop on clustered singular values in float32; float64 then gets through.
         U, S, Vh = (part.to(W.dtype) for part in torch.linalg.svd(W.to(torch.float64), full_matrices=False))
     return U, S, Vh
