@@ -1,0 +1,10 @@
+"""PEFT configs, layers and the tuner of the additive methods; importing registers them with PEFT."""
+
+from .config import AdditiveConfig, PissaConfig
+from .layer import AdditiveLayer
+from .model import AdditiveModel
+from .registry import ADDITIVE, register
+
+register(AdditiveConfig, AdditiveModel)
+
+__all__ = ["ADDITIVE", "AdditiveConfig", "AdditiveLayer", "AdditiveModel", "PissaConfig"]

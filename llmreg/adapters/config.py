@@ -1,0 +1,180 @@
+"""Configs of the additive methods: PEFT's `LoraConfig` plus what the start needs.
+
+Every field inherited from `LoraConfig` is either supported or refused here with the reason (`REFUSED_FIELDS`);
+a test enumerates them, so that a field PEFT adds later cannot slip through unread.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from peft import LoraConfig
+
+from ..errors import UnsupportedError
+from ..initializers import Factors, pissa
+from .registry import ADDITIVE
+
+__all__ = ["REFUSED_FIELDS", "SUPPORTED_FIELDS", "AdditiveConfig", "PissaConfig"]
+
+#: Inherited fields that work as in PEFT.
+SUPPORTED_FIELDS = frozenset(
+    "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules "
+    "exclude_modules lora_alpha fan_in_fan_out use_rslora modules_to_save layers_to_transform layers_pattern "
+    "rank_pattern alpha_pattern trainable_token_indices runtime_config megatron_core".split()
+)
+
+#: Inherited field -> why any value but PEFT's default is refused.
+REFUSED_FIELDS = {
+    "lora_dropout": "dropout on the adapter's input would drop principal components of the weight itself, not of a "
+    "correction (23 % noise on the logits at step 0 with 0.05); set lora_dropout=0",
+    "bias": "training the base's biases changes the base model; leave bias='none', or list the module in "
+    "modules_to_save to train a copy of it",
+    "init_lora_weights": "the config class is the initialisation; leave init_lora_weights out",
+    "loftq_config": "it belongs to LoftQ; use peft.LoraConfig(init_lora_weights='loftq')",
+    "eva_config": "it belongs to PEFT's EVA; use peft.LoraConfig(init_lora_weights='eva')",
+    "corda_config": "it belongs to PEFT's CorDA; use peft.LoraConfig(init_lora_weights='corda')",
+    "lora_ga_config": "it belongs to LoRA-GA; use peft.LoraConfig(init_lora_weights='lora_ga')",
+    "use_dora": "DoRA rescales the base weight's columns, which the difference form does not express",
+    "velora_config": "VeLoRA replaces the forward pass that this method defines",
+    "alora_invocation_tokens": "aLoRA switches the adapter on inside a sequence; not defined for this method",
+    "use_qalora": "QA-LoRA groups the input features of GPTQ layers, whose weight cannot be decomposed here",
+    "qalora_group_size": "it belongs to QA-LoRA",
+    "monteclora_config": "MonteCLoRA perturbs the factors, so the step-0 identity would not hold",
+    "layer_replication": "replicated layers share one base weight; replicate the model before adding the adapter",
+    "lora_bias": "a bias on B is not part of the method and does not export to plain LoRA",
+    "target_parameters": "3-D expert parameters have no single decomposition here; target nn.Linear modules instead",
+    "megatron_config": "Megatron's sharded layers hold only a part of the weight to decompose",
+    "use_bdlora": "block-diagonal factors cannot hold singular vectors",
+    "arrow_config": "Arrow routes between plain LoRA experts; export this adapter first and route over the export",
+    "kasa_config": "KaSA truncates the base weight in place, which would change the base model",
+    "ensure_weight_tying": "it concerns embedding adapters, which are not supported; leave it False",
+}
+
+
+def _default(spec: dataclasses.Field) -> Any:
+    return spec.default_factory() if spec.default_factory is not dataclasses.MISSING else spec.default
+
+
+_LORA_DEFAULTS = {spec.name: _default(spec) for spec in dataclasses.fields(LoraConfig)}
+
+
+@dataclass
+class AdditiveConfig(LoraConfig):
+    """Base of the configs whose adapter adds `s (B A - B0 A0) x` to an untouched `W x`.
+
+    `AdditiveConfig(method="pissa", ...)` builds the config class of that method (how a saved config comes back).
+
+    Args:
+        lora_alpha: `s = lora_alpha / r` (or `/ sqrt(r)` with rsLoRA); default `r`, so `s = 1` as in the papers.
+        method: name in `llmreg methods`; set by the class.
+        seed: of the initialiser's own random generator.
+        exact_unmerge: keep a copy of each merged layer's weight, so that unmerging is bit-exact (costs the memory
+            of the merged layers); otherwise unmerging is within rounding, as in PEFT.
+    """
+
+    lora_alpha: float | None = field(default=None, metadata={"help": "s = lora_alpha / r; default r, so s = 1"})
+    method: str = field(default="", metadata={"help": "name of the method; set by the config class"})
+    seed: int = field(default=0, metadata={"help": "seed of the initialiser's own generator"})
+    exact_unmerge: bool = field(default=False, metadata={"help": "keep merged layers' weights to unmerge bit-exactly"})
+
+    METHOD: ClassVar[str] = ""
+    _CLASSES: ClassVar[dict[str, type[AdditiveConfig]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        AdditiveConfig._CLASSES[cls.METHOD] = cls
+
+    def __new__(cls, *args: Any, method: str = "", **kwargs: Any) -> AdditiveConfig:
+        if cls is AdditiveConfig and method:
+            if method not in cls._CLASSES:
+                raise UnsupportedError(f"Unknown method {method!r}; known here: {sorted(cls._CLASSES)}.")
+            cls = cls._CLASSES[method]
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.r, int) or self.r < 1:
+            raise UnsupportedError(f"r must be a positive integer, got {self.r!r}.")
+        if self.lora_alpha is None:
+            self.lora_alpha = self.r
+        if not self.lora_alpha > 0:
+            raise UnsupportedError(f"lora_alpha must be positive, got {self.lora_alpha!r}.")
+        self._refuse_fields()
+        super().__post_init__()
+        if self.METHOD == "":
+            raise UnsupportedError("AdditiveConfig is abstract; use PissaConfig or another method's config.")
+        if self.method not in ("", self.METHOD):
+            raise UnsupportedError(f"{type(self).__name__} is {self.METHOD!r}, not {self.method!r}; leave method out.")
+        self.method = self.METHOD
+        self.peft_type = ADDITIVE
+
+    def _refuse_fields(self) -> None:
+        for name, reason in REFUSED_FIELDS.items():
+            value = getattr(self, name)
+            if value != _LORA_DEFAULTS[name]:
+                raise UnsupportedError(f"{type(self).__name__} does not support {name}={value!r}: {reason}.")
+
+    def start_settings(self) -> tuple:
+        """Everything besides the weight, rank and scaling that decides the starting factors (hashable)."""
+        raise NotImplementedError
+
+    def start(self, W: Any, rank: int, scaling: float) -> Factors:
+        """The starting factors for weight `W` `(..., out, in)`; see the method's initialiser."""
+        raise NotImplementedError
+
+    def to_lora_config(self) -> LoraConfig:
+        """The plain `LoraConfig` that describes the saved difference form: rank 2r, the same scaling.
+
+        `alpha / r` keeps with alpha doubled; with rsLoRA `alpha / sqrt(r)` keeps with alpha times sqrt(2).
+        """
+        grow = 2**0.5 if self.use_rslora else 2
+        kept = {name: getattr(self, name) for name in SUPPORTED_FIELDS - {"peft_type"}}
+        assert self.lora_alpha is not None
+        kept.update(
+            r=2 * self.r,
+            lora_alpha=self.lora_alpha * grow,
+            rank_pattern={key: 2 * rank for key, rank in (self.rank_pattern or {}).items()},
+            alpha_pattern={key: alpha * grow for key, alpha in (self.alpha_pattern or {}).items()},
+        )
+        return LoraConfig(**kept)
+
+
+@dataclass
+class PissaConfig(AdditiveConfig):
+    """PiSSA (arXiv 2404.02948) over an untouched base: `peft.get_peft_model(base, PissaConfig(r=16, ...))`.
+
+    Args:
+        svd: "randomized" (default) or "exact" truncated SVD of each targeted weight.
+        oversample: extra columns of the randomised sketch; `None` = chosen from the rank.
+        power_iterations: passes of the randomised SVD; `None` = default of `llmreg.linalg.truncated_svd`.
+
+    Example:
+        >>> PissaConfig(r=16, target_modules="all-linear").lora_alpha
+        16
+    """
+
+    svd: Literal["randomized", "exact"] = field(default="randomized", metadata={"help": "how to decompose"})
+    oversample: int | None = field(default=None, metadata={"help": "extra columns of the randomised sketch"})
+    power_iterations: int | None = field(default=None, metadata={"help": "passes of the randomised SVD"})
+
+    METHOD: ClassVar[str] = "pissa"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.svd not in ("randomized", "exact"):
+            raise UnsupportedError(f"svd must be 'randomized' or 'exact', got {self.svd!r}.")
+
+    def start_settings(self) -> tuple:
+        return (self.METHOD, self.svd, self.oversample, self.power_iterations, self.seed)
+
+    def start(self, W: Any, rank: int, scaling: float) -> Factors:
+        return pissa(
+            W,
+            rank,
+            scaling,
+            svd=self.svd,
+            oversample=self.oversample,
+            power_iterations=self.power_iterations,
+            seed=self.seed,
+        )

@@ -1,0 +1,45 @@
+"""What an adapter that is being loaded must know, handed past PEFT's own calls: context variables, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from torch import Tensor
+
+__all__ = ["exact_factors", "saved_factors", "starts", "without_start"]
+
+_WITHOUT_START: ContextVar[bool] = ContextVar("llmreg_without_start", default=False)
+_SAVED_FACTORS: ContextVar[dict[str, Tensor] | None] = ContextVar("llmreg_saved_factors", default=None)
+
+
+@contextmanager
+def without_start() -> Iterator[None]:
+    """Adapters injected in this context keep unset factors: what follows loads them."""
+    token = _WITHOUT_START.set(True)
+    try:
+        yield
+    finally:
+        _WITHOUT_START.reset(token)
+
+
+def starts() -> bool:
+    """Whether an adapter that is injected now must be given its start."""
+    return not _WITHOUT_START.get()
+
+
+@contextmanager
+def saved_factors(factors: dict[str, Tensor] | None) -> Iterator[None]:
+    """An adapter loaded in this context takes its factors bit-exactly from here (live names, without the adapter's
+    name), not from the difference form it is stored in."""
+    token = _SAVED_FACTORS.set(factors)
+    try:
+        yield
+    finally:
+        _SAVED_FACTORS.reset(token)
+
+
+def exact_factors() -> dict[str, Tensor] | None:
+    """The factors of the surrounding `saved_factors`, if any."""
+    return _SAVED_FACTORS.get()

@@ -1,0 +1,184 @@
+"""The one tuner of all additive methods: injects layers, starts their factors, translates live and stored form.
+
+It is PEFT's `LoraModel` with another layer class, so plain LoRA adapters live beside additive ones, and each
+adapter's config decides which it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import LoraConfig
+from peft.tuners.lora.model import LoraModel
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _filter_state_dict_by_key_prefixes,
+    _get_tuner_state_dict_key_prefixes,
+)
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from ..errors import UnsupportedError, WeightError
+from ..weights import storage_of
+from .config import AdditiveConfig
+from .layer import AdditiveLayer, additive_class, upgrade
+from .loading import exact_factors, starts
+from .start import start_factors
+from .stored_form import FACTOR_NAMES, from_stored, to_stored
+
+__all__ = ["AdditiveModel", "adopt", "is_additive", "live_factors"]
+
+_EXPORT_FIRST = "export it to plain LoRA first (llmreg.export_lora) and use the export"
+
+
+class AdditiveModel(LoraModel):
+    """Tuner of the peft type `LLMREG_ADDITIVE`; see `peft.tuners.lora.LoraModel` for what it inherits."""
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Wrap the targeted layers and start the factors; on an error the model is as it was before."""
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        first = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            config = self.peft_config[adapter_name]
+            if isinstance(config, AdditiveConfig) and starts():
+                start_factors(model, adapter_name, config, self.peft_config)
+        except Exception:
+            if first:
+                self._unload_and_optionally_merge(merge=False)
+                for parameter in trainable:
+                    parameter.requires_grad_(True)
+            else:
+                self._remove_layers(adapter_name)
+            raise
+
+    def _remove_layers(self, adapter_name: str) -> None:
+        for module in self.model.modules():
+            if isinstance(module, BaseTunerLayer) and adapter_name in module._all_available_adapter_names():
+                module.delete_adapter(adapter_name)
+
+    def _create_and_replace(
+        self,
+        lora_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(lora_config, AdditiveConfig):
+            base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+            _check_target(lora_config, base, current_key)
+        super()._create_and_replace(
+            lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
+        )
+
+    @staticmethod
+    def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        try:
+            storage = storage_of(base)
+        except UnsupportedError:
+            if isinstance(lora_config, AdditiveConfig):
+                raise
+            return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
+        # PEFT warns and corrects the config when it meets the other layout; the layer itself says which it is.
+        lora_config.fan_in_fan_out = storage.transposed
+        return additive_class(base)(target, adapter_name, config=lora_config, **kwargs)
+
+    # -- live form <-> stored form ------------------------------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """The difference form under plain LoRA's names: rank 2r, loadable by plain PEFT."""
+        live = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return to_stored(live) if isinstance(config, AdditiveConfig) else live
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Stored names and form -> this model's parameters."""
+        if isinstance(config, AdditiveConfig):
+            state_dict = from_stored(state_dict, exact_factors())
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    # -- what LoraModel offers and an additive adapter does not --------------------------------------------------
+
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """As in PEFT for plain LoRA adapters; an additive adapter among them is refused."""
+        additive = [name for name in adapters if isinstance(self.peft_config.get(name), AdditiveConfig)]
+        if additive:
+            raise UnsupportedError(
+                f"add_weighted_adapter combines the factors of plain LoRA adapters, and {additive} are not: "
+                f"{_EXPORT_FIRST}."
+            )
+        super().add_weighted_adapter(adapters, *args, **kwargs)
+
+    def subtract_mutated_init(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Refused: nothing was subtracted from the base, and what is saved is plain LoRA already."""
+        raise UnsupportedError(
+            "subtract_mutated_init undoes a change of the base weights, and llmreg never changes them: "
+            "save_pretrained already writes plain LoRA."
+        )
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        raise UnsupportedError(
+            "path_initial_model_for_weight_conversion is not needed: save_pretrained already writes plain LoRA for "
+            "the original base; leave the argument out."
+        )
+
+
+def _check_target(config: AdditiveConfig, base: nn.Module, name: str) -> None:
+    """Refuse, by name, a layer that cannot be decomposed or that is smaller than its rank."""
+    try:
+        shape = storage_of(base).shape
+    except UnsupportedError as error:
+        raise UnsupportedError(f"Layer {name!r} cannot carry a {config.method} adapter: {error}") from None
+    ranks = config.rank_pattern or {}
+    rank: int = ranks.get(get_pattern_key(ranks.keys(), name), config.r)
+    if rank > min(shape):
+        raise WeightError(
+            f"Rank {rank} is larger than layer {name!r} allows: its weight is {shape[0]} x {shape[1]}, so r can be at "
+            f"most {min(shape)}; lower r, set rank_pattern for this layer, or exclude it."
+        )
+
+
+def adopt(tuner: LoraModel) -> None:
+    """Let a plain `LoraModel` hold additive adapters too: its class and its layers' classes are exchanged in place."""
+    if type(tuner) is LoraModel:
+        tuner.__class__ = AdditiveModel
+        for module in list(tuner.model.modules()):
+            if isinstance(module, BaseTunerLayer) and not isinstance(module, AdditiveLayer):
+                upgrade(module)
+
+
+def is_additive(config: LoraConfig) -> bool:
+    """Whether a config describes an additive adapter (and not, say, a plain LoRA beside it)."""
+    return isinstance(config, AdditiveConfig)
+
+
+def live_factors(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """`A`, `B`, `A0`, `B0` of every layer of an additive adapter, bit-exact, under names without the adapter's.
+
+    Args:
+        model: the `PeftModel`.
+        adapter_name: an additive adapter.
+        state_dict: the gathered state of a sharded model; the model's own by default.
+    """
+    for module in model.modules():
+        if isinstance(module, AdditiveLayer) and adapter_name in module.lora_A0:
+            module.factors(adapter_name)  # the frozen start takes the factors' dtype now, if it has not yet
+    prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
+    live = _filter_state_dict_by_key_prefixes(state_dict or model.state_dict(), prefixes)
+    named = {AdditiveModel._remove_adapter_name_from_key(key, adapter_name): value for key, value in live.items()}
+    return {key: value for key, value in named.items() if key.split(".")[-2] in FACTOR_NAMES}

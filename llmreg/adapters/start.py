@@ -1,0 +1,121 @@
+"""Starting the factors of an adapter, layer by layer: from a sibling that already has them, or by decomposition.
+
+Weights are read one layer at a time (a batch of equal shapes on a GPU), so nothing the size of the model is ever
+allocated. In a distributed run each layer is decomposed by one rank and broadcast, so all ranks hold equal factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..progress import track
+from ..weights import check_finite, read_weight
+from .config import AdditiveConfig
+from .layer import AdditiveLayer
+
+__all__ = ["start_factors"]
+
+#: Bytes of fp32 weights decomposed together on a GPU.
+_BATCH_BYTES = 1 << 30
+
+
+def start_factors(
+    model: nn.Module, adapter_name: str, config: AdditiveConfig, configs: dict[str, Any] | None = None
+) -> None:
+    """Set `A = A0`, `B = B0` of every layer of `adapter_name` to the method's start.
+
+    Args:
+        model: the model that holds the injected layers.
+        adapter_name: an additive adapter whose factors are unset.
+        config: its config.
+        configs: all adapters' configs by name; one with the same start settings, rank and scaling lends its frozen
+            factors (TRL's reference copy costs no second decomposition, and asks for no data).
+
+    Raises:
+        WeightError: NaN or Inf in a base weight (the layer is named), or a storage that cannot be read.
+    """
+    layers = [(name, module) for name, module in _layers(model, adapter_name) if not _is_meta(module, adapter_name)]
+    siblings = _siblings(adapter_name, config, configs or {})
+    missing = [(name, layer) for name, layer in layers if not _copy_from_sibling(layer, adapter_name, siblings)]
+    for group in track(list(_groups(missing, adapter_name)), f"{config.method}: decomposing", unit="layers"):
+        _start_group(group, adapter_name, config)
+
+
+def _layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules():
+        if isinstance(module, AdditiveLayer) and adapter_name in module.lora_A0:
+            yield name, module
+
+
+def _is_meta(layer: Any, adapter_name: str) -> bool:
+    return layer.lora_A[adapter_name].weight.is_meta
+
+
+def _siblings(adapter_name: str, config: AdditiveConfig, configs: dict[str, Any]) -> list[str]:
+    return [
+        name
+        for name, other in configs.items()
+        if name != adapter_name
+        and isinstance(other, AdditiveConfig)
+        and other.start_settings() == config.start_settings()
+    ]
+
+
+def _copy_from_sibling(layer: Any, adapter_name: str, siblings: list[str]) -> bool:
+    for sibling in siblings:
+        same = sibling in layer.lora_A0 and all(
+            getattr(layer, key)[sibling] == getattr(layer, key)[adapter_name] for key in ("r", "scaling")
+        )
+        if same and not _is_meta(layer, sibling):
+            layer.set_factors(adapter_name, layer.lora_A0[sibling].weight, layer.lora_B0[sibling].weight)
+            return True
+    return False
+
+
+def _groups(layers: Iterable[tuple[str, Any]], adapter_name: str) -> Iterator[list[tuple[str, Any]]]:
+    """One layer at a time on a CPU; on a GPU up to `_BATCH_BYTES` of equal shape, rank and scaling together."""
+    if not torch.cuda.is_available():
+        yield from ([layer] for layer in layers)
+        return
+    by_shape: dict[tuple, list[tuple[str, Any]]] = {}
+    for name, layer in layers:
+        key = (layer.out_features, layer.in_features, layer.r[adapter_name], layer.scaling[adapter_name])
+        by_shape.setdefault(key, []).append((name, layer))
+    for (out_features, in_features, _, _), members in by_shape.items():
+        size = max(1, _BATCH_BYTES // (4 * out_features * in_features))
+        yield from (members[first : first + size] for first in range(0, len(members), size))
+
+
+def _start_group(group: list[tuple[str, Any]], adapter_name: str, config: AdditiveConfig) -> None:
+    first = group[0][1]
+    rank, scaling = first.r[adapter_name], first.scaling[adapter_name]
+    weights = []
+    for name, layer in group:
+        device = torch.device("cuda") if torch.cuda.is_available() else None
+        weight = read_weight(layer.get_base_layer(), name=name, device=device)
+        check_finite(weight, name)
+        weights.append(weight)
+    with torch.no_grad():
+        if len(weights) == 1:
+            factors = config.start(weights[0], rank, scaling)
+            pairs: list[tuple[Tensor, Tensor]] = [(factors.A, factors.B)]
+        else:
+            factors = config.start(torch.stack(weights), rank, scaling)
+            pairs = list(zip(factors.A, factors.B, strict=True))
+    for (_, layer), (A, B) in zip(group, pairs, strict=True):
+        layer.set_factors(adapter_name, A, B)
+        _broadcast(layer, adapter_name)
+
+
+def _broadcast(layer: Any, adapter_name: str) -> None:
+    """Every rank takes rank 0's factors: equal to the last bit, whatever each rank's hardware rounds to."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    for name in ("lora_A0", "lora_B0"):
+        dist.broadcast(getattr(layer, name)[adapter_name].weight.data, src=0)
+    layer.set_factors(adapter_name, layer.lora_A0[adapter_name].weight, layer.lora_B0[adapter_name].weight)

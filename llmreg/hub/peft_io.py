@@ -1,0 +1,291 @@
+"""Saving and loading through PEFT's own calls: the four methods of `PeftModel` that llmreg wraps, all of them here.
+
+`save_pretrained`   writes plain LoRA and the sidecar, by rename; pickle is refused.
+`from_pretrained`, `load_adapter`   mount a folder that has a sidecar as the method it was trained by, verified.
+`add_adapter`       lets additive and plain LoRA adapters share a model (PEFT compares peft types here).
+
+Models without an additive adapter, and folders without a sidecar, go straight to PEFT.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import logging
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import PeftConfig, PeftModel
+from peft.tuners.lora.model import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils.peft_types import PeftType
+
+from ..adapters.config import AdditiveConfig
+from ..adapters.loading import exact_factors, saved_factors, without_start
+from ..adapters.model import adopt, live_factors
+from ..adapters.registry import ADDITIVE, check_peft_version
+from ..errors import AdapterFileError, UnsupportedError
+from ..files import commit_folder, staged_folder, write_json
+from ..weights import bytes_hash, identity_hash, storage_of
+from .sidecar import FACTORS_NAME, SIDECAR_NAME, BaseRecord, Sidecar, read_sidecar, write_sidecar
+
+__all__ = ["base_record", "find_sidecar", "install"]
+
+logger = logging.getLogger("llmreg")
+_ORIGINAL = {name: getattr(PeftModel, name) for name in ("save_pretrained", "load_adapter", "add_adapter")} | {
+    "from_pretrained": PeftModel.__dict__["from_pretrained"].__func__
+}
+_HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token")
+
+
+def install() -> None:
+    """Wrap the four methods (idempotent)."""
+    check_peft_version()
+    if getattr(PeftModel, "_llmreg_installed", False):
+        return
+    PeftModel.save_pretrained = functools.wraps(_ORIGINAL["save_pretrained"])(save_pretrained)
+    PeftModel.load_adapter = functools.wraps(_ORIGINAL["load_adapter"])(load_adapter)
+    PeftModel.add_adapter = functools.wraps(_ORIGINAL["add_adapter"])(add_adapter)
+    PeftModel.from_pretrained = classmethod(functools.wraps(_ORIGINAL["from_pretrained"])(from_pretrained))
+    PeftModel._llmreg_installed = True
+
+
+# -- saving -----------------------------------------------------------------------------------------------------
+
+
+def save_pretrained(self: PeftModel, *args: Any, **kwargs: Any) -> None:
+    """PEFT's `save_pretrained`; additive adapters are written as plain LoRA with a sidecar, whole or not at all."""
+    original = _ORIGINAL["save_pretrained"]
+    call = inspect.signature(original).bind(self, *args, **kwargs)
+    call.apply_defaults()
+    given = call.arguments
+    names = given["selected_adapters"] or list(self.peft_config)
+    additive = [name for name in names if isinstance(self.peft_config.get(name), AdditiveConfig)]
+    if not additive or not given["is_main_process"]:
+        return original(*call.args, **call.kwargs)
+    if not given["safe_serialization"]:
+        raise UnsupportedError("safe_serialization=False would write a pickle; leave it out to write safetensors.")
+    if given["path_initial_model_for_weight_conversion"] is not None:
+        raise UnsupportedError(
+            "path_initial_model_for_weight_conversion is not needed: plain LoRA is written anyway; leave it out."
+        )
+    target = Path(given["save_directory"])
+    with staged_folder(target) as staging:
+        if (target / "README.md").is_file():
+            shutil.copy(target / "README.md", staging)  # PEFT amends a card that is there
+        given["save_directory"] = str(staging)
+        original(*call.args, **call.kwargs)
+        for name in additive:
+            _finish(
+                self,
+                name,
+                staging if name == "default" else staging / name,
+                given["kwargs"].get("state_dict"),
+            )
+        commit_folder(staging, target, marker=CONFIG_NAME)
+    return None
+
+
+def _finish(model: PeftModel, name: str, folder: Path, state_dict: dict[str, Any] | None) -> None:
+    """Give a folder that PEFT has written its plain LoRA config and its sidecar."""
+    config = model.peft_config[name]
+    written = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    lora = config.to_lora_config()
+    lora.save_pretrained(str(folder))
+    plain = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    plain.update({key: written[key] for key in ("auto_mapping", "base_model_name_or_path", "inference_mode")})
+    plain = {
+        key: sorted(value) if isinstance(value, list) and key.endswith("_modules") else value
+        for key, value in plain.items()
+    }
+    write_json(folder / CONFIG_NAME, plain)
+    factors = live_factors(model, name, state_dict)
+    write_sidecar(folder, config, factors, base_record(model, [key.split(".lora_")[0] for key in factors]))
+
+
+def base_record(model: PeftModel, layers: list[str]) -> BaseRecord:
+    """Identity and stored bytes of a wrapped model's base; computed once a model (the base never changes).
+
+    Args:
+        model: wrapped by PEFT.
+        layers: names of the targeted layers.
+    """
+    targets = tuple(sorted(set(layers)))
+    cache = model.__dict__.setdefault("_llmreg_base_records", {})
+    if targets not in cache:
+        modules = {name: model.get_submodule(name) for name in targets}
+        storage = _storage_name(modules.values())
+        if any(module.merged for module in modules.values()):
+            return BaseRecord(None, None, None, None, None, storage)
+        identity = identity_hash(model)
+        cache[targets] = BaseRecord(
+            digest=identity.digest,
+            source=identity.source,
+            name=identity.name,
+            revision=identity.revision,
+            stored_bytes=bytes_hash(model, targets),
+            storage=storage,
+        )
+    return cache[targets]
+
+
+def _storage_name(modules: Any) -> str:
+    kinds = set()
+    for module in modules:
+        storage = storage_of(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module)
+        kinds.add(str(storage.dtype).removeprefix("torch.") if storage.kind == "float" else storage.kind)
+    return "+".join(sorted(kinds))
+
+
+# -- loading ----------------------------------------------------------------------------------------------------
+
+
+def find_sidecar(model_id: Any, **hub: Any) -> Sidecar | None:
+    """The sidecar of a local folder or a Hub repository; None for an adapter that llmreg did not write.
+
+    Args:
+        model_id: folder or Hub id. hub: `subfolder`, `revision`, `cache_dir`, `token` as in `from_pretrained`.
+    """
+    folder = Path(model_id) / (hub.get("subfolder") or "")
+    if folder.is_dir():
+        sidecar = read_sidecar(folder)
+        if (folder / WEIGHTS_NAME).is_file() and not (folder / SAFETENSORS_WEIGHTS_NAME).is_file() and sidecar:
+            raise AdapterFileError(f"{folder / WEIGHTS_NAME} is a pickle; llmreg adapters are safetensors only.")
+        return sidecar
+    try:
+        path = hf_hub_download(str(model_id), SIDECAR_NAME, **hub)
+        for name in (SAFETENSORS_WEIGHTS_NAME, FACTORS_NAME):
+            hf_hub_download(str(model_id), name, **hub)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
+        return None
+    return read_sidecar(Path(path).parent)
+
+
+def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {key: kwargs[key] for key in _HUB_ARGUMENTS if kwargs.get(key) is not None}
+
+
+def from_pretrained(cls: type[PeftModel], model: Any, model_id: Any, *args: Any, **kwargs: Any) -> PeftModel:
+    """PEFT's `from_pretrained`; a folder with a sidecar is verified first and mounted as its method."""
+    original = _ORIGINAL["from_pretrained"]
+    call = inspect.signature(original).bind(cls, model, model_id, *args, **kwargs)
+    call.apply_defaults()
+    sidecar = find_sidecar(model_id, **_hub_arguments(call.arguments["kwargs"]))
+    if sidecar is None or call.arguments["config"] is not None:
+        return original(*call.args, **call.kwargs)
+    config = sidecar.adapter_config()
+    factors = sidecar.load_factors()
+    _check_base(sidecar, model, factors)
+    call.arguments["config"] = config
+    with without_start(), saved_factors(factors):
+        return original(*call.args, **call.kwargs)
+
+
+def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+    """PEFT's `load_adapter`; a folder with a sidecar is mounted as its method, or resumed into a live adapter."""
+    original = _ORIGINAL["load_adapter"]
+    call = inspect.signature(original).bind(self, model_id, adapter_name, *args, **kwargs)
+    call.apply_defaults()
+    live = self.peft_config.get(adapter_name)
+    if exact_factors() is not None:  # from `from_pretrained` above, which has verified them
+        return original(*call.args, **call.kwargs)
+    sidecar = find_sidecar(model_id, **_hub_arguments(call.arguments["kwargs"]))
+    if live is not None and not isinstance(live, AdditiveConfig):
+        return original(*call.args, **call.kwargs)
+    if sidecar is None:
+        if live is None:
+            return original(*call.args, **call.kwargs)
+        raise AdapterFileError(
+            f"{model_id} has no {SIDECAR_NAME}, so the {live.method} adapter {adapter_name!r} cannot continue from it; "
+            "resume from a folder that llmreg saved, or load it under another name as a plain LoRA."
+        )
+    factors = sidecar.load_factors()
+    if live is None:
+        _mount(self, sidecar, factors, call.arguments)
+    else:
+        _check_same_adapter(live, sidecar)
+        _check_base(sidecar, self, factors)
+    with saved_factors(factors):
+        return original(*call.args, **call.kwargs)
+
+
+def _mount(model: PeftModel, sidecar: Sidecar, factors: dict[str, Any], given: dict[str, Any]) -> None:
+    """Add the adapter of `sidecar` to a wrapped model, factors unset."""
+    config = sidecar.adapter_config()
+    _check_base(sidecar, model, factors)
+    config.inference_mode = not given["is_trainable"]
+    model._check_new_adapter_config(config, is_trainable=given["is_trainable"])
+    with without_start():
+        model.add_adapter(
+            given["adapter_name"],
+            config,
+            low_cpu_mem_usage=given["low_cpu_mem_usage"],
+            autocast_adapter_dtype=given["autocast_adapter_dtype"],
+        )
+    if given["is_trainable"]:
+        model.set_requires_grad(given["adapter_name"])
+
+
+def _check_same_adapter(live: AdditiveConfig, sidecar: Sidecar) -> None:
+    saved = sidecar.adapter_config()
+    for name in ("method", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
+        mine, theirs = getattr(live, name), getattr(saved, name)
+        if mine != theirs:
+            raise AdapterFileError(
+                f"{sidecar.folder} holds an adapter with {name}={theirs!r}, the one to resume has {mine!r}; "
+                f"set {name}={theirs!r}."
+            )
+
+
+def _check_base(sidecar: Sidecar, model: Any, factors: dict[str, Any]) -> None:
+    """Refuse another base before anything is touched; log a note where the storage differs."""
+    layers = [key.split(".lora_")[0] for key in factors]
+    if isinstance(model, PeftModel):
+        base = base_record(model, layers)
+    else:
+        base = _bare_record(model, [name.removeprefix("base_model.model.") for name in layers])
+    note = sidecar.check_base(base)
+    if note:
+        logger.info("%s: %s", sidecar.folder, note)
+
+
+def _bare_record(model: Any, layers: list[str]) -> BaseRecord:
+    modules = dict(model.named_modules())
+    missing = [name for name in layers if name not in modules]
+    if missing:
+        raise AdapterFileError(f"The adapter has factors for layer {missing[0]!r}, which this base model lacks.")
+    identity = identity_hash(model)
+    storage = _storage_name(modules[name] for name in layers)
+    return BaseRecord(identity.digest, identity.source, identity.name, identity.revision, None, storage)
+
+
+# -- several adapters --------------------------------------------------------------------------------------------
+
+
+def add_adapter(self: PeftModel, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
+    """PEFT's `add_adapter`, which wants one peft type a model; here additive and plain LoRA count as one."""
+    types = {self.peft_type, peft_config.peft_type}
+    mixes = types == {PeftType.LORA, ADDITIVE} and isinstance(self.base_model, LoraModel)
+    if mixes and isinstance(peft_config, AdditiveConfig):
+        adopt(self.base_model)
+    with _temporary_type(self, peft_config.peft_type) if mixes else nullcontext():
+        _ORIGINAL["add_adapter"](self, adapter_name, peft_config, *args, **kwargs)
+
+
+class _temporary_type:
+    """While it lasts, a `PeftModel` says that it is of another peft type."""
+
+    def __init__(self, model: PeftModel, peft_type: PeftType) -> None:
+        self.model, self.peft_type = model, peft_type
+
+    def __enter__(self) -> None:
+        self.before, self.model.peft_type = self.model.peft_type, self.peft_type
+
+    def __exit__(self, *exception: object) -> None:
+        self.model.peft_type = self.before

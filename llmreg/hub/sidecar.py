@@ -1,0 +1,213 @@
+"""The sidecar of a saved adapter: what plain LoRA cannot hold, so that llmreg resumes as if never interrupted.
+
+adapter_model.safetensors     the difference form, a plain LoRA of rank 2r: what everybody loads
+adapter_config.json           a plain LoraConfig
+llmreg.json                   method and config, hashes of the files, the start and the base, versions
+llmreg_factors.safetensors    A, B, A0, B0 of every layer, bit-exact
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..adapters.config import AdditiveConfig
+from ..errors import AdapterFileError, BaseMismatchError, LlmregError
+from ..files import file_digest, write_json
+
+__all__ = [
+    "FACTORS_NAME",
+    "SIDECAR_NAME",
+    "BaseRecord",
+    "Sidecar",
+    "library_versions",
+    "read_sidecar",
+    "start_hash",
+]
+
+SIDECAR_NAME = "llmreg.json"
+FACTORS_NAME = "llmreg_factors.safetensors"
+FORMAT = 1
+_LIBRARIES = ("llmreg", "torch", "transformers", "peft", "trl", "safetensors", "bitsandbytes")
+
+
+@dataclass(frozen=True)
+class BaseRecord:
+    """Which base an adapter was trained on (law 4).
+
+    Attributes:
+        digest: of the checkpoint's files (`source="checkpoint"`) or of the parameters (`source="memory"`).
+        source: where the digest comes from; None if the base was merged into when it was first saved.
+        name: Hub id, never a local path. revision: its commit.
+        stored_bytes: digest of the targeted layers as they were stored. storage: how, e.g. "nf4" or "float32".
+    """
+
+    digest: str | None
+    source: str | None
+    name: str | None
+    revision: str | None
+    stored_bytes: str | None
+    storage: str
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """A sidecar that was read, its `folder` beside it (files of a Hub repository lie in the cache)."""
+
+    folder: Path
+    method: str
+    config: dict[str, Any]
+    files: dict[str, str]
+    base: BaseRecord
+    start_hash: str
+    versions: dict[str, str]
+
+    def adapter_config(self) -> AdditiveConfig:
+        """The config to mount the adapter with, as the method it was trained by."""
+        try:
+            return AdditiveConfig(**self.config)
+        except (LlmregError, TypeError) as error:
+            raise AdapterFileError(
+                f"{self.folder / SIDECAR_NAME} describes a {self.method!r} adapter that this version cannot mount "
+                f"({error}); upgrade llmreg, or remove {SIDECAR_NAME} to load it as a plain LoRA for inference."
+            ) from error
+
+    def load_factors(self) -> dict[str, Tensor]:
+        """The bit-exact factors, after every file's digest was checked.
+
+        Raises:
+            AdapterFileError: a file is missing, damaged, or not the one that was saved.
+        """
+        for name, digest in self.files.items():
+            path = self.folder / name
+            if not path.is_file():
+                raise AdapterFileError(
+                    f"{path} is missing; copy the whole adapter folder, or remove {SIDECAR_NAME} to load the adapter "
+                    "as a plain LoRA for inference."
+                )
+            if file_digest(path) != digest:
+                raise AdapterFileError(
+                    f"{path} is not the file that was saved (its SHA-256 differs from {SIDECAR_NAME}'s): it is "
+                    "damaged or was changed; copy the adapter again."
+                )
+        return _read_tensors(self.folder / FACTORS_NAME)
+
+    def check_base(self, base: BaseRecord) -> str | None:
+        """Refuse another base; return a note where the same base is stored differently, else None.
+
+        Raises:
+            BaseMismatchError: another identity, or (for bases that never had files) other parameters.
+        """
+        mine = self.base
+        if mine.digest is None or mine.source != base.source:
+            return "the adapter's base could not be compared with this one: one of them was not loaded from files"
+        if mine.digest == base.digest:
+            if mine.storage == base.storage:
+                return None
+            return f"trained on a base stored as {mine.storage}, used on the same base stored as {base.storage}"
+        if mine.source == "memory" and mine.storage != base.storage:
+            return f"trained on a base in {mine.storage}, used on one in {base.storage}: not comparable"
+        trained = f"{mine.name or 'a base'} with digest {mine.digest[:12]}"
+        raise BaseMismatchError(
+            f"The adapter in {self.folder.name!r} was trained on {trained}, but this base has digest "
+            f"{(base.digest or 'unknown')[:12]}; load the base it was trained on."
+        )
+
+
+def start_hash(factors: dict[str, Tensor]) -> str:
+    """SHA-256 over the frozen start (`A0`, `B0`) of all layers: equal recipes on equal bases give equal hashes."""
+    digest = hashlib.sha256()
+    for key in sorted(factors):
+        if ".lora_A0." in key or ".lora_B0." in key:
+            value = factors[key].detach().cpu().contiguous()
+            digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.view(torch.uint8).numpy().data if value.numel() else b"")
+    return digest.hexdigest()
+
+
+def library_versions() -> dict[str, str]:
+    """Installed versions of the libraries that decide an adapter's numbers."""
+    versions = {}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def write_sidecar(folder: Path, config: AdditiveConfig, factors: dict[str, Tensor], base: BaseRecord) -> None:
+    """Write both sidecar files beside the adapter that lies in `folder` already."""
+    contiguous = {key: value.detach().contiguous() for key, value in factors.items()}
+    save_file(contiguous, folder / FACTORS_NAME, metadata={"format": "pt"})
+    settings = {
+        key: _plain(value) for key, value in config.to_dict().items() if key not in ("peft_type", "auto_mapping")
+    }
+    settings["base_model_name_or_path"] = base.name  # never a local path
+    write_json(
+        folder / SIDECAR_NAME,
+        {
+            "format": FORMAT,
+            "method": config.method,
+            "config": settings,
+            "start_hash": start_hash(factors),
+            "base": asdict(base),
+            "files": {name: file_digest(folder / name) for name in (SAFETENSORS_WEIGHTS_NAME, FACTORS_NAME)},
+            "versions": library_versions(),
+        },
+    )
+
+
+def read_sidecar(folder: Path) -> Sidecar | None:
+    """The sidecar in `folder`, or None if there is none.
+
+    Raises:
+        AdapterFileError: it is not one that this version wrote.
+    """
+    path = folder / SIDECAR_NAME
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise AdapterFileError(
+                f"{path} has format {content['format']}, this llmreg reads {FORMAT}; upgrade llmreg, or remove the file "
+                "to load the adapter as a plain LoRA for inference."
+            )
+        fields = {key: content[key] for key in ("method", "config", "files", "start_hash", "versions")}
+        if set(fields["files"]) != {SAFETENSORS_WEIGHTS_NAME, FACTORS_NAME}:
+            raise KeyError("files")
+        return Sidecar(folder=folder, base=BaseRecord(**content["base"]), **fields)
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, AdapterFileError):
+            raise
+        raise AdapterFileError(
+            f"{path} is damaged ({type(error).__name__}: {error}); copy the adapter again, or remove the file to load "
+            "it as a plain LoRA for inference."
+        ) from error
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise AdapterFileError(f"{path} is not a whole safetensors file ({error}); copy the adapter again.") from error
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else value
+
+
+def has_adapter(folder: Path) -> bool:
+    """Whether a folder holds a saved adapter at all."""
+    return (folder / CONFIG_NAME).is_file()
