@@ -322,9 +322,7 @@ def main(arguments: List[str]) -> int:
         newer = find_python()
         if newer:
             os.execv(newer, [newer, os.path.abspath(__file__), *arguments])
-        say(
-            f"llmreg needs Python 3.11 or newer: this is {sys.version.split()[0]}, and PATH has no newer one."
-        )
+        say(f"llmreg needs Python 3.11 or newer: this is {sys.version.split()[0]}, and PATH has no newer one.")
         return 1
     if arguments[:1] in (["-h"], ["--help"]):
         print(__doc__.strip())

@@ -58,9 +58,7 @@ def steps(bootstrap, monkeypatch):
 
     monkeypatch.setattr(bootstrap, "create_environment", create)
     monkeypatch.setattr(bootstrap, "install_torch", lambda wanted, driver: taken.take("torch"))
-    monkeypatch.setattr(
-        bootstrap, "install_project", lambda extras: taken.take(",".join(["llmreg", *extras]))
-    )
+    monkeypatch.setattr(bootstrap, "install_project", lambda extras: taken.take(",".join(["llmreg", *extras])))
     monkeypatch.setattr(bootstrap, "run", check)
     return taken
 
@@ -79,9 +77,7 @@ def test_without_a_gpu_only_a_cpu_build_can_be_installed(bootstrap, platform):
 
 
 def test_without_a_gpu_a_cpu_build_that_pip_already_sees_is_taken(bootstrap):
-    assert bootstrap.torch_arguments("2.13.0", "", 0, ["2.13.0+cpu", "2.13.0"], "linux") == [
-        "torch==2.13.0+cpu"
-    ]
+    assert bootstrap.torch_arguments("2.13.0", "", 0, ["2.13.0+cpu", "2.13.0"], "linux") == ["torch==2.13.0+cpu"]
 
 
 @pytest.mark.parametrize(
