@@ -1,0 +1,69 @@
+"""Shared by all tests: offline, one thread a worker, tiny random models in every storage, and the catalogue.
+
+A test that asks for `method` runs once for every registered additive method, so a new method is tested by being
+registered; `tiny_models` (a module beside this file) builds the models.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+
+from llmreg import AdditiveConfig
+
+torch.set_num_threads(1)
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
+#: Config factories of all additive methods, by the method's name.
+CATALOGUE = tuple(sorted(AdditiveConfig._CLASSES.items()))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """bitsandbytes' own deprecation warnings and its rounding notes are not ours to test."""
+    config.addinivalue_line("filterwarnings", "ignore:.*8-bit linear may get different.*:UserWarning")
+    config.addinivalue_line("filterwarnings", "ignore:.*4-bit linear may get different.*:UserWarning")
+
+
+@pytest.fixture(params=[factory for _, factory in CATALOGUE], ids=[name for name, _ in CATALOGUE])
+def method(request):
+    """The config class of one additive method; `method(r=4, target_modules=...)` is a config."""
+    return request.param
+
+
+@pytest.fixture(params=tiny_models.STORAGES)
+def storage(request):
+    """How the base is stored: "float32", "bfloat16", "float16", "nf4" or "int8"."""
+    return request.param
+
+
+@pytest.fixture
+def tokens():
+    """`(3, 7)` token ids for the tiny language models."""
+    return torch.randint(1, tiny_models.VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def run_python(tmp_path):
+    """A function (code, *arguments) -> stdout of a new process in the repository; stderr is shown if it fails."""
+    root = Path(__file__).parents[1]
+
+    def run(code: str, *arguments: str, **environment: str) -> str:
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        env = {**os.environ, "PYTHONPATH": str(root), **environment}
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    return run
