@@ -76,9 +76,7 @@ def _load() -> dict[str, str]:
         return {}
     if not isinstance(entries, dict):
         return {}
-    return {
-        key: value for key, value in entries.items() if isinstance(value, str) and _DIGEST.fullmatch(value)
-    }
+    return {key: value for key, value in entries.items() if isinstance(value, str) and _DIGEST.fullmatch(value)}
 
 
 def _remember(key: str, digest: str) -> None:

@@ -59,9 +59,7 @@ def module_bytes_hash(module: nn.Module, *, name: str = "") -> str:
     module = base_layer(module)
     storage = storage_of(module)
     if storage.kind == "meta":
-        raise WeightError(
-            f"layer {name!r}: a weight on the meta device has no bytes to hash; load the model first"
-        )
+        raise WeightError(f"layer {name!r}: a weight on the meta device has no bytes to hash; load the model first")
     digest = hashlib.sha256(f"{_FORMAT}|{storage.kind}|{storage.shape}|{storage.transposed}".encode())
     if storage.kind == "float":
         update(digest, "weight", whole(module.weight))  # type: ignore[arg-type]
@@ -83,9 +81,7 @@ def memory_digest(model: nn.Module) -> str:
             if parameter is None:
                 continue
             if parameter.is_meta:
-                raise WeightError(
-                    f"{name}.{key} is on the meta device and has no bytes to hash; load the model"
-                )
+                raise WeightError(f"{name}.{key} is on the meta device and has no bytes to hash; load the model")
             if key == "weight" and (is_linear4bit(module) or is_linear8bit(module)):
                 update(digest, f"{name}.{key}", module_bytes_hash(module, name=name))
             else:

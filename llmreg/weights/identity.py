@@ -73,9 +73,7 @@ def _identity_of_model(model: nn.Module, revision: str | None) -> Identity:
     return Identity(memory_digest(model), "memory", name, commit)
 
 
-def _locate(
-    where: str, revision: str | None, from_hub: bool = False
-) -> tuple[list[Path], str | None, str | None]:
+def _locate(where: str, revision: str | None, from_hub: bool = False) -> tuple[list[Path], str | None, str | None]:
     """(weight files, Hub id, commit) of a local path or a Hub id; no files if there are none.
 
     A local folder wins over a Hub id of the same name, as in transformers, unless the model is known

@@ -87,9 +87,7 @@ def requantize(module: nn.Module, W: torch.Tensor, *, name: str = "") -> nn.Para
     """
     storage = storage_of(module)
     if tuple(W.shape) != storage.shape:
-        raise WeightError(
-            f"{_layer(name)}: cannot store a {tuple(W.shape)} matrix in a {storage.shape} layer"
-        )
+        raise WeightError(f"{_layer(name)}: cannot store a {tuple(W.shape)} matrix in a {storage.shape} layer")
     if storage.kind in ("nf4", "fp4", "int8") and not storage.quantized:
         raise _not_quantized(name)
     W = W.detach()
@@ -105,9 +103,7 @@ def requantize(module: nn.Module, W: torch.Tensor, *, name: str = "") -> nn.Para
     raise UnsupportedError(f"{_layer(name)}: {describe(module)} holds no data yet; load the model first")
 
 
-def quantized_parts(
-    module: nn.Module, storage: Storage, name: str
-) -> Iterator[tuple[str, torch.Tensor | str]]:
+def quantized_parts(module: nn.Module, storage: Storage, name: str) -> Iterator[tuple[str, torch.Tensor | str]]:
     """Everything that determines a quantised weight, as (label, tensor or text), for hashing.
 
     Independent of device, of the dtype in which packed bytes are typed, and of a forward having run.
@@ -225,9 +221,7 @@ def _cast(W: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
         return cast
     check_finite(W, name)
     if bool(cast.isinf().any()):
-        raise WeightError(
-            f"{_layer(name)}: values do not fit {dtype}, in which bitsandbytes quantises this layer"
-        )
+        raise WeightError(f"{_layer(name)}: values do not fit {dtype}, in which bitsandbytes quantises this layer")
     return cast
 
 

@@ -5,6 +5,7 @@ Nothing here writes to a module: bytes, scales and the next forward are the same
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,9 +68,7 @@ def whole(weight: torch.Tensor) -> torch.Tensor:
     return weight.as_subclass(torch.Tensor)
 
 
-def _read_meta(
-    module: nn.Module, storage: Storage, name: str, source: SafetensorsSource | None
-) -> torch.Tensor:
+def _read_meta(module: nn.Module, storage: Storage, name: str, source: SafetensorsSource | None) -> torch.Tensor:
     """The stored (not yet transposed) tensor of a layer without data, rounded to the layer's dtype."""
     if storage.quantized:
         raise WeightError(
@@ -98,5 +97,6 @@ def _offloaded(module: nn.Module) -> torch.Tensor | None:
     for candidate in getattr(hook, "hooks", [hook]):
         weights_map = getattr(candidate, "weights_map", None)
         if weights_map is not None:
-            return weights_map["weight"]
+            with contextlib.suppress(KeyError):
+                return weights_map["weight"]
     return None

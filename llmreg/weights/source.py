@@ -132,16 +132,12 @@ def _shards(index: Path) -> list[Path]:
         raise WeightError(f"{index} must name files beside it in its weight_map")
     missing = sorted(shard for shard in shards if not (index.parent / shard).is_file())
     if missing:
-        raise WeightError(
-            f"{index} names {missing[0]}, which is not there ({len(missing)} of {len(shards)} missing)"
-        )
+        raise WeightError(f"{index} names {missing[0]}, which is not there ({len(missing)} of {len(shards)} missing)")
     return [index.parent / shard for shard in sorted(shards)]
 
 
 def _damaged(file: Path, error: Exception) -> WeightError:
-    return WeightError(
-        f"{file} is not a readable safetensors file (truncated or damaged: {error}); fetch it again"
-    )
+    return WeightError(f"{file} is not a readable safetensors file (truncated or damaged: {error}); fetch it again")
 
 
 def _pickle(path: Path) -> WeightError:

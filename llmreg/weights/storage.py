@@ -59,6 +59,8 @@ def storage_of(module: nn.Module) -> Storage:
         return _storage_4bit(module)
     if is_linear8bit(module):
         return _storage_8bit(module)
+    if isinstance(getattr(module, "base_layer", None), nn.Module):
+        raise UnsupportedError(f"{describe(module)} is an adapted layer: read its base_layer instead")
     transposed = is_conv1d(module)
     if not transposed and not isinstance(module, nn.Linear):
         raise UnsupportedError(f"cannot read the weight of {describe(module)}: {_READABLE}")
@@ -124,8 +126,7 @@ def quant_state_4bit(module: nn.Module) -> Any:
 def _has_base(thing: Any, package: str, name: str) -> bool:
     """Class test by name, so that no optional package is imported only to say no."""
     return any(
-        base.__name__ == name and (base.__module__ + ".").startswith(package + ".")
-        for base in type(thing).__mro__
+        base.__name__ == name and (base.__module__ + ".").startswith(package + ".") for base in type(thing).__mro__
     )
 
 
@@ -140,9 +141,7 @@ def _storage_4bit(module: Any) -> Storage:
     state = quant_state_4bit(module)
     kind = state.quant_type if state is not None else getattr(weight, "quant_type", None)
     if kind not in ("nf4", "fp4"):
-        raise UnsupportedError(
-            f"cannot read {describe(module)} of 4-bit type {kind!r}: known are nf4 and fp4"
-        )
+        raise UnsupportedError(f"cannot read {describe(module)} of 4-bit type {kind!r}: known are nf4 and fp4")
     if state is not None and state.shape is not None:
         shape = tuple(state.shape)
     else:
@@ -206,8 +205,4 @@ def _refuse_zero3_shard(module: nn.Module, weight: Any) -> None:
 
 
 def _shape_text(weight: torch.Tensor) -> str:
-    return (
-        "uninitialized"
-        if _has_base(weight, "torch", "UninitializedTensorMixin")
-        else str(tuple(weight.shape))
-    )
+    return "uninitialized" if _has_base(weight, "torch", "UninitializedTensorMixin") else str(tuple(weight.shape))
