@@ -86,9 +86,7 @@ def golub_kahan(A: LinearOperator, V: Tensor, blocks: int, *, generator: torch.G
         B[..., :stop, start:stop] = left[..., :stop].mT @ P
         if stop < size:
             Z = A.rmatmul(left[..., start:stop]) / scale
-            right[..., stop : stop + width] = orthonormalize(
-                Z, against=right[..., :stop], generator=generator
-            )
+            right[..., stop : stop + width] = orthonormalize(Z, against=right[..., :stop], generator=generator)
     return Projection(left, B, right, scale)
 
 

@@ -91,7 +91,8 @@ class MatrixOperator:
         return self._matrix @ X
 
     def rmatmul(self, Y: Tensor) -> Tensor:
-        return self._matrix.mT @ Y
+        # On a CPU (Y^T W)^T is up to twice as fast as W^T Y when Y is narrow: W is read in its own order.
+        return (Y.mT @ self._matrix).mT
 
     def dense(self) -> Tensor:
         return self._matrix
@@ -139,7 +140,7 @@ class ProductOperator:
 
     def rmatmul(self, Y: Tensor) -> Tensor:
         for factor in self.factors:
-            Y = factor.mT @ Y
+            Y = (Y.mT @ factor).mT
         return Y
 
     def dense(self) -> Tensor:

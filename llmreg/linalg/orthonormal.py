@@ -25,9 +25,10 @@ _MAX_ROUNDS = 8
 def cholesky_qr(X: Tensor) -> tuple[Tensor, Tensor]:
     """Thin QR of a tall matrix by Cholesky-QR, done twice.
 
-    Falls back to Householder QR (`torch.linalg.qr`) when a column lies within an angle of
-    `8 sqrt(eps)` of the ones before it (3e-3 in float32), where the Gram matrix has lost the difference.
-    So `Q` is orthonormal to working precision for every finite input, zero and rank-deficient included.
+    Falls back to Householder QR (`torch.linalg.qr`) when the first round leaves `Q^T Q` further than 1/2
+    from the identity, which happens once the condition number of `X` (columns scaled to one length) nears
+    `1 / sqrt(eps)`, 3e3 in float32. So `Q` is orthonormal to working precision for every finite input,
+    zero and rank-deficient included.
 
     Args:
         X: `(..., m, k)` with `m >= k`, float32 or float64.
@@ -36,11 +37,12 @@ def cholesky_qr(X: Tensor) -> tuple[Tensor, Tensor]:
         `Q (..., m, k)` with orthonormal columns and `R (..., k, k)` upper triangular with a diagonal
         that is not negative, `X = Q R`.
     """
-    Q, R1, independent = _cholesky_step(X)
-    if independent:
-        Q, R2, _ = _cholesky_step(Q)
-        if _settled(R2):
-            return Q, R2 @ R1
+    R1 = _cholesky(X.mT @ X)
+    Q = torch.linalg.solve_triangular(R1, X, upper=True, left=False)
+    gram = Q.mT @ Q
+    if _nearly_identity(gram):
+        R2 = _cholesky(gram)
+        return torch.linalg.solve_triangular(R2, Q, upper=True, left=False), R2 @ R1
     Q, R = torch.linalg.qr(X)
     sign = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(X.dtype)
     return Q * sign.unsqueeze(-2), R * sign.unsqueeze(-1)
@@ -60,36 +62,38 @@ def orthonormalize(X: Tensor, *, against: Tensor | None, generator: torch.Genera
     Returns:
         `Q (..., m, k)` with `Q^T Q = I` and `against^T Q = 0` to working precision.
     """
-    Q, _, independent = _cholesky_step(_project_out(X, against))
-    if independent:
-        Q, R, _ = _cholesky_step(_project_out(Q, against))
-        if _settled(R):
-            return Q
+    first = _project_out(X, against)
+    R = _cholesky(first.mT @ first)
+    Q = _project_out(torch.linalg.solve_triangular(R, first, upper=True, left=False), against)
+    gram = Q.mT @ Q
+    if _nearly_identity(gram):
+        return torch.linalg.solve_triangular(_cholesky(gram), Q, upper=True, left=False)
     return _orthonormalize_dependent(X, against, generator)
 
 
-def _cholesky_step(X: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """One round of Cholesky-QR: `(Q, R, independent)`; `Q` is meaningless unless `independent`.
+def _cholesky(gram: Tensor) -> Tensor:
+    """Upper triangular `R` with `R^T R = gram`; garbage, never an exception, where there is none."""
+    return torch.linalg.cholesky_ex(gram)[0].mT
 
-    The test is on `R_jj / ||x_j||`, the sine of the angle between a column and the ones before it.
-    Above `8 sqrt(eps)` a second round ends orthonormal to working precision.
+
+def _nearly_identity(gram: Tensor) -> bool:
+    """Whether one more round of Cholesky-QR ends orthonormal to working precision.
+
+    `gram` belongs to the columns after the first round (and the second projection). They span the right
+    space whatever the first factor was worth; a Gram matrix within 1/2 of the identity also makes them
+    well conditioned and says that the second projection removed little. NaN answers no.
     """
-    gram = X.mT @ X
-    R, info = torch.linalg.cholesky_ex(gram, upper=True)
-    sine = R.diagonal(dim1=-2, dim2=-1) / gram.diagonal(dim1=-2, dim2=-1).sqrt()
-    limit = 8.0 * torch.finfo(X.dtype).eps ** 0.5
-    independent = bool(((sine > limit) & (info == 0).unsqueeze(-1)).all())
-    Q = torch.linalg.solve_triangular(R, X, upper=True, left=False) if independent else X
-    return Q, R, independent
-
-
-def _settled(R: Tensor) -> bool:
-    """Whether this round, whose columns came in with norm 1, changed none of them by much."""
-    return bool((R.diagonal(dim1=-2, dim2=-1).abs() > _SETTLED).all())
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return bool((torch.linalg.matrix_norm(gram - identity) < 0.5).all())
 
 
 def _project_out(X: Tensor, basis: Tensor | None) -> Tensor:
-    return X if basis is None else X - basis @ (basis.mT @ X)
+    """`X - basis basis^T X`."""
+    if basis is None:
+        return X
+    if X.ndim == 2:
+        return torch.addmm(X, basis, basis.mT @ X, alpha=-1)
+    return X - basis @ (basis.mT @ X)
 
 
 def _orthonormalize_dependent(X: Tensor, basis: Tensor | None, generator: torch.Generator) -> Tensor:
@@ -99,9 +103,10 @@ def _orthonormalize_dependent(X: Tensor, basis: Tensor | None, generator: torch.
     lost_below = 100 * torch.finfo(X.dtype).eps
     for _ in range(_MAX_ROUNDS):
         Q, R = torch.linalg.qr(_project_out(Q, basis))
-        if _settled(R):
+        kept = R.diagonal(dim1=-2, dim2=-1).abs()
+        if bool((kept > _SETTLED).all()):
             break
-        lost = (R.diagonal(dim1=-2, dim2=-1).abs() < lost_below).unsqueeze(-2)
+        lost = (kept < lost_below).unsqueeze(-2)
         if bool(lost.any()):
             fresh = gaussian_sketch(*X.shape[-2:], generator=generator, dtype=X.dtype, device=X.device)
             Q = torch.where(lost, fresh / X.shape[-2] ** 0.5, Q)

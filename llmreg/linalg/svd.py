@@ -134,9 +134,7 @@ def exact_svd(W: Tensor) -> Triplets:
         WeightError: NaN or Inf in `W`.
     """
     if not bool(torch.linalg.vector_norm(W, ord=float("inf"), dim=(-2, -1)).isfinite().all()):
-        raise WeightError(
-            "The matrix contains NaN or Inf; a singular value decomposition needs finite input."
-        )
+        raise WeightError("The matrix contains NaN or Inf; a singular value decomposition needs finite input.")
     try:
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
