@@ -18,9 +18,7 @@ __all__ = ["compute_hashes", "frozen_hashes"]
 
 def frozen_hashes() -> dict[str, str]:
     """Return the committed SHA-256 digests by name, such as ``world-0/pocket/word-problems/test``."""
-    return {
-        f"world-{seed}/{name}": digest for seed, table in _FROZEN.items() for name, digest in table.items()
-    }
+    return {f"world-{seed}/{name}": digest for seed, table in _FROZEN.items() for name, digest in table.items()}
 
 
 def compute_hashes(seed: int) -> dict[str, str]:
@@ -28,26 +26,32 @@ def compute_hashes(seed: int) -> dict[str, str]:
 
     The digest of a list of rows is the SHA-256 of its rows as JSON lines (ASCII, sorted keys, no spaces).
     """
-    texts = ({"prompt": d.prompt, "completion": d.completion} for d in corpus(seed))
-    order = ({"text": d.text} for d in reading_order(seed))
-    hashes = {f"world-{seed}/corpus": _digest(texts), f"world-{seed}/reading-order": _digest(order)}
+    lines = {d: _line({"prompt": d.prompt, "completion": d.completion}) for d in corpus(seed)}
+    hashes = {
+        f"world-{seed}/corpus": _digest(lines.values()),
+        f"world-{seed}/reading-order": _digest(lines[d] for d in reading_order(seed)),
+    }
     for task in TASKS.values():
         for split in task.splits:
-            hashes[f"world-{seed}/{task.name}/{split}"] = _digest(task.load(split, seed))
+            hashes[f"world-{seed}/{task.name}/{split}"] = _digest(map(_line, task.load(split, seed)))
     return hashes
 
 
-def _digest(rows: Iterable[Mapping[str, str]]) -> str:
+def _line(row: Mapping[str, str]) -> bytes:
+    return json.dumps(row, sort_keys=True, separators=(",", ":")).encode("ascii") + b"\n"
+
+
+def _digest(lines: Iterable[bytes]) -> str:
     sha = hashlib.sha256()
-    for row in rows:
-        sha.update(json.dumps(row, sort_keys=True, separators=(",", ":")).encode("ascii") + b"\n")
+    for line in lines:
+        sha.update(line)
     return sha.hexdigest()
 
 
 _FROZEN: dict[int, dict[str, str]] = {
     0: {
         "corpus": "4e045c4f05239f214e3bc2d2d59d1491035cc80ecc9da33ff7c453ed3ea1ca92",
-        "reading-order": "00cca4b09d7e2d947ab93b0323985ba0d43e9c5cbf3a61fce4ba9c5c8f23a4fb",
+        "reading-order": "e091951618d30daa61847deebadf85041bb4fbc3c29b2491ddfc96851b36b990",
         "pocket/word-problems/train": "ef0e3c5953997a924cd264c49aba9f8246575db12cb0ae8c6d8e4beea052f39e",
         "pocket/word-problems/validation": "56fb78dc8da4f2f035f5a687f210a76a23c8889b54381a5b74745a3fd3ec5eae",
         "pocket/word-problems/test": "904cdb9babc4607ff2aba69ef3c31b4715c1edcd3cdd758b6c6a74a1781c470b",
@@ -63,7 +67,7 @@ _FROZEN: dict[int, dict[str, str]] = {
     },
     1: {
         "corpus": "02d1d4fdde84310f634331e2eee527bb3bf292a60f02896623f83997a3fd281a",
-        "reading-order": "682da28fbdd4e61487ab30bf0886b3670da6ce7f23f174d7ced27592b4b85d86",
+        "reading-order": "7ce62a0d89248b601d593bb35c4e34497ac38cd42e568ba8492aa0c1a2191633",
         "pocket/word-problems/train": "9e3de728543955ad840d5ea9f23b39e0d7da4bbb95e536cf06df911693f1362f",
         "pocket/word-problems/validation": "760d9ff8de7c159b3f821f0a5a244d82b13a7221ddd98ad251af7fee66970da3",
         "pocket/word-problems/test": "79a674fe8387240070216e6cea7e03524a4d4a83bb0dd1b690670a5478440364",

@@ -13,9 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["unigram_perplexity"]
 
 
-def unigram_perplexity(
-    tokenizer: PreTrainedTokenizerBase, train: Sequence[str], test: Sequence[str]
-) -> float:
+def unigram_perplexity(tokenizer: PreTrainedTokenizerBase, train: Sequence[str], test: Sequence[str]) -> float:
     """Return the perplexity on `test` of token frequencies counted on `train` (add-one smoothing).
 
     Counts the same tokens as `llmreg.evaluation.scoring.perplexity`: all but the first of each text, and
