@@ -86,6 +86,8 @@ class _AddDifference(torch.autograd.Function):
                 if needs_x:
                     grad_x = g_up @ down.to(x.dtype)
             if needs_B:
+                if torch.is_grad_enabled():  # a second derivative must see that `hidden` depends on `x` and `A`
+                    hidden = x @ A.to(x.dtype).t()
                 grad_B = (g.t() @ hidden).mul_(ctx.scaling).to(B.dtype)
         return grad, grad_x, grad_A, grad_B, None, None, None
 

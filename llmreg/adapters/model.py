@@ -145,7 +145,7 @@ def _check_target(config: AdditiveConfig, base: nn.Module, name: str) -> None:
     except UnsupportedError as error:
         raise UnsupportedError(f"Layer {name!r} cannot carry a {config.method} adapter: {error}") from None
     ranks = config.rank_pattern or {}
-    rank: int = ranks.get(get_pattern_key(ranks.keys(), name), config.r)
+    rank = ranks.get(get_pattern_key(ranks.keys(), name)) or config.r
     if rank > min(shape):
         raise WeightError(
             f"Rank {rank} is larger than layer {name!r} allows: its weight is {shape[0]} x {shape[1]}, so r can be at "

@@ -181,8 +181,8 @@ def read_sidecar(folder: Path) -> Sidecar | None:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise AdapterFileError(
-                f"{path} has format {content['format']}, this llmreg reads {FORMAT}; upgrade llmreg, or remove the file "
-                "to load the adapter as a plain LoRA for inference."
+                f"{path} has format {content['format']}, this llmreg reads {FORMAT}; upgrade llmreg, or remove the "
+                "file to load the adapter as a plain LoRA for inference."
             )
         fields = {key: content[key] for key in ("method", "config", "files", "start_hash", "versions")}
         if set(fields["files"]) != {SAFETENSORS_WEIGHTS_NAME, FACTORS_NAME}:
