@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llmreg.errors import UnsupportedError, WeightError
-from llmreg.linalg.krylov import golub_kahan, leading_triplets, start_block, subspace_start
+from llmreg.linalg.krylov import krylov_projection, leading_triplets, start_block, subspace_start
 from llmreg.linalg.operators import LinearOperator, TransposedOperator, as_operator
 from llmreg.linalg.signs import fix_signs
 from llmreg.linalg.sketch import make_generator
@@ -120,7 +120,7 @@ def _randomized_svd(A: LinearOperator, rank: int, plan: SketchPlan, seed: int) -
     generator = make_generator(seed)
     V = start_block(tall, plan.width, generator)
     V = subspace_start(tall, V, plan.power_iterations, generator=generator)
-    U, S, Vh = leading_triplets(golub_kahan(tall, V, plan.blocks, generator=generator), rank)
+    U, S, Vh = leading_triplets(krylov_projection(tall, V, plan.blocks, generator=generator), rank)
     if is_wide:
         U, Vh = Vh.mT, U.mT
     U, Vh = fix_signs(U, Vh)
