@@ -8,6 +8,7 @@ plain LoRA.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import sys
 from typing import Any
@@ -21,7 +22,7 @@ from .config import AdditiveConfig
 from .difference import add_difference, concatenate
 from .loading import exact_factors
 
-__all__ = ["AdditiveLayer", "AdditiveLinear", "AdditiveVariant", "additive_class", "upgrade"]
+__all__ = ["AdditiveLayer", "AdditiveLinear", "AdditiveVariant", "additive_class", "downgrade", "upgrade"]
 
 _FROZEN = ("lora_A0", "lora_B0")
 
@@ -104,12 +105,16 @@ class AdditiveLayer:
 
     def _move_adapter_to_device_of_base_layer(self: Any, adapter_name: str, device: Any = None) -> None:
         """As in PEFT; but factors that come from a sidecar keep their dtype, or they would not stay bit-exact."""
-        if exact_factors() is None or adapter_name not in self.lora_A0:
+        exact = exact_factors()
+        if not exact or adapter_name not in self.lora_A0:
             super()._move_adapter_to_device_of_base_layer(adapter_name, device)  # type: ignore[misc]
             return
         device = device or self.get_base_layer().weight.device
+        dtype = functools.reduce(torch.promote_types, {value.dtype for value in exact.values()})
         for name in ("lora_A", "lora_B", *_FROZEN):
-            getattr(self, name)[adapter_name].to(device)
+            factor = getattr(self, name)[adapter_name]
+            if not factor.weight.is_meta:  # with low_cpu_mem_usage the loaded tensors take the parameters' place
+                factor.to(device, dtype)
 
     def delete_adapter(self: Any, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)  # type: ignore[misc]
@@ -204,3 +209,10 @@ def upgrade(layer: Any) -> None:
     if type(layer) is LoraLinear or type(layer).__module__ == "peft.tuners.lora.bnb":
         layer.__class__ = additive_class(layer.get_base_layer())
         layer.prepare_frozen()
+
+
+def downgrade(layer: Any) -> None:
+    """Undo `upgrade` on a layer that holds no additive adapter."""
+    for name in (*_FROZEN, "_kept_weight", "_exact_unmerge"):
+        delattr(layer, name)
+    layer.__class__ = type(layer).__mro__[2]  # the class that `AdditiveLayer` was mixed into
