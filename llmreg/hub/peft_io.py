@@ -30,9 +30,9 @@ from ..adapters.config import AdditiveConfig
 from ..adapters.loading import exact_factors, saved_factors, without_start
 from ..adapters.model import adopt, live_factors
 from ..adapters.registry import ADDITIVE, check_peft_version
-from ..errors import AdapterFileError, UnsupportedError
+from ..errors import AdapterFileError, UnsupportedError, WeightError
 from ..files import commit_folder, staged_folder, write_json
-from ..weights import bytes_hash, identity_hash, storage_of
+from ..weights import bytes_hash, gathered, identity_hash, storage_of
 from .sidecar import FACTORS_NAME, SIDECAR_NAME, BaseRecord, Sidecar, read_sidecar, write_sidecar
 
 __all__ = ["base_record", "find_sidecar", "install"]
@@ -41,7 +41,7 @@ logger = logging.getLogger("llmreg")
 _ORIGINAL = {name: getattr(PeftModel, name) for name in ("save_pretrained", "load_adapter", "add_adapter")} | {
     "from_pretrained": PeftModel.__dict__["from_pretrained"].__func__
 }
-_HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token")
+_HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
 
 
 def install() -> None:
@@ -67,7 +67,12 @@ def save_pretrained(self: PeftModel, *args: Any, **kwargs: Any) -> None:
     given = call.arguments
     names = given["selected_adapters"] or list(self.peft_config)
     additive = [name for name in names if isinstance(self.peft_config.get(name), AdditiveConfig)]
-    if not additive or not given["is_main_process"]:
+    target = Path(given["save_directory"])
+    plain = [target if name == "default" else target / name for name in names if name not in additive]
+    if not given["is_main_process"]:
+        return original(*call.args, **call.kwargs)
+    if not additive:
+        _drop_sidecars(plain)
         return original(*call.args, **call.kwargs)
     if not given["safe_serialization"]:
         raise UnsupportedError("safe_serialization=False would write a pickle; leave it out to write safetensors.")
@@ -75,7 +80,6 @@ def save_pretrained(self: PeftModel, *args: Any, **kwargs: Any) -> None:
         raise UnsupportedError(
             "path_initial_model_for_weight_conversion is not needed: plain LoRA is written anyway; leave it out."
         )
-    target = Path(given["save_directory"])
     with staged_folder(target) as staging:
         if (target / "README.md").is_file():
             shutil.copy(target / "README.md", staging)  # PEFT amends a card that is there
@@ -88,8 +92,16 @@ def save_pretrained(self: PeftModel, *args: Any, **kwargs: Any) -> None:
                 staging if name == "default" else staging / name,
                 given["kwargs"].get("state_dict"),
             )
+        _drop_sidecars(plain)
         commit_folder(staging, target, marker=CONFIG_NAME)
     return None
+
+
+def _drop_sidecars(folders: list[Path]) -> None:
+    """Remove the sidecars of older adapters from folders that are about to hold a plain LoRA."""
+    for folder in filter(Path.is_dir, folders):
+        for name in (SIDECAR_NAME, FACTORS_NAME):
+            (folder / name).unlink(missing_ok=True)
 
 
 def _finish(model: PeftModel, name: str, folder: Path, state_dict: dict[str, Any] | None) -> None:
@@ -129,16 +141,26 @@ def base_record(model: PeftModel, layers: list[str]) -> BaseRecord:
             source=identity.source,
             name=identity.name,
             revision=identity.revision,
-            stored_bytes=bytes_hash(model, targets),
+            stored_bytes=_stored_bytes(model, targets),
             storage=storage,
         )
     return cache[targets]
 
 
+def _stored_bytes(model: PeftModel, layers: tuple[str, ...]) -> str | None:
+    """Digest of the layers as stored; None where the bytes are gone (ZeRO-3 shards, CPU-repacked 4-bit weights)."""
+    try:
+        return bytes_hash(model, layers)
+    except (UnsupportedError, WeightError):
+        return None
+
+
 def _storage_name(modules: Any) -> str:
     kinds = set()
     for module in modules:
-        storage = storage_of(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module)
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        with gathered([base]):
+            storage = storage_of(base)
         kinds.add(str(storage.dtype).removeprefix("torch.") if storage.kind == "float" else storage.kind)
     return "+".join(sorted(kinds))
 
@@ -160,10 +182,16 @@ def find_sidecar(model_id: Any, **hub: Any) -> Sidecar | None:
         return sidecar
     try:
         path = hf_hub_download(str(model_id), SIDECAR_NAME, **hub)
-        for name in (SAFETENSORS_WEIGHTS_NAME, FACTORS_NAME):
-            hf_hub_download(str(model_id), name, **hub)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
         return None
+    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, FACTORS_NAME):
+        try:
+            hf_hub_download(str(model_id), name, **hub)
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise AdapterFileError(
+                f"{model_id} has a {SIDECAR_NAME}, but its {name} cannot be had ({type(error).__name__}); push the whole "
+                "adapter folder, or download it again."
+            ) from error
     return read_sidecar(Path(path).parent)
 
 
@@ -211,6 +239,7 @@ def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, 
     else:
         _check_same_adapter(live, sidecar)
         _check_base(sidecar, self, factors)
+        call.arguments["autocast_adapter_dtype"] = False  # PEFT would turn what trains in bf16 into fp32
     with saved_factors(factors):
         return original(*call.args, **call.kwargs)
 

@@ -38,6 +38,9 @@ __all__ = [
 SIDECAR_NAME = "llmreg.json"
 FACTORS_NAME = "llmreg_factors.safetensors"
 FORMAT = 1
+_DECIDED_AT_LOAD = ("peft_type", "auto_mapping", "inference_mode")
+#: What the sidecar's config and the plain LoRA's must agree on, or the two would compute different functions.
+_SCALING_FIELDS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 _LIBRARIES = ("llmreg", "torch", "transformers", "peft", "trl", "safetensors", "bitsandbytes")
 
 
@@ -75,12 +78,30 @@ class Sidecar:
     def adapter_config(self) -> AdditiveConfig:
         """The config to mount the adapter with, as the method it was trained by."""
         try:
-            return AdditiveConfig(**self.config)
+            config = AdditiveConfig(**self.config)
         except (LlmregError, TypeError) as error:
             raise AdapterFileError(
                 f"{self.folder / SIDECAR_NAME} describes a {self.method!r} adapter that this version cannot mount "
                 f"({error}); upgrade llmreg, or remove {SIDECAR_NAME} to load it as a plain LoRA for inference."
             ) from error
+        self._check_plain_config(config)
+        return config
+
+    def _check_plain_config(self, config: AdditiveConfig) -> None:
+        """Refuse a folder whose two configs scale the update differently: one of them was edited."""
+        path = self.folder / CONFIG_NAME
+        try:
+            plain = json.loads(path.read_text(encoding="utf-8"))
+            found = {name: plain[name] for name in _SCALING_FIELDS}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise AdapterFileError(f"{path} is missing or damaged ({error}); copy the adapter again.") from error
+        lora = config.to_lora_config()
+        for name, value in found.items():
+            if value != getattr(lora, name):
+                raise AdapterFileError(
+                    f"{path} has {name}={value!r}, but {SIDECAR_NAME} describes {name}={getattr(lora, name)!r}: it was "
+                    f"changed after it was saved; restore it, or remove {SIDECAR_NAME} to load it as a plain LoRA."
+                )
 
     def load_factors(self) -> dict[str, Tensor]:
         """The bit-exact factors, after every file's digest was checked.
@@ -150,22 +171,18 @@ def write_sidecar(folder: Path, config: AdditiveConfig, factors: dict[str, Tenso
     """Write both sidecar files beside the adapter that lies in `folder` already."""
     contiguous = {key: value.detach().contiguous() for key, value in factors.items()}
     save_file(contiguous, folder / FACTORS_NAME, metadata={"format": "pt"})
-    settings = {
-        key: _plain(value) for key, value in config.to_dict().items() if key not in ("peft_type", "auto_mapping")
-    }
+    settings = {key: _plain(value) for key, value in config.to_dict().items() if key not in _DECIDED_AT_LOAD}
     settings["base_model_name_or_path"] = base.name  # never a local path
-    write_json(
-        folder / SIDECAR_NAME,
-        {
-            "format": FORMAT,
-            "method": config.method,
-            "config": settings,
-            "start_hash": start_hash(factors),
-            "base": asdict(base),
-            "files": {name: file_digest(folder / name) for name in (SAFETENSORS_WEIGHTS_NAME, FACTORS_NAME)},
-            "versions": library_versions(),
-        },
-    )
+    content = {
+        "format": FORMAT,
+        "method": config.method,
+        "config": settings,
+        "start_hash": start_hash(factors),
+        "base": asdict(base),
+        "files": {name: file_digest(folder / name) for name in (SAFETENSORS_WEIGHTS_NAME, FACTORS_NAME)},
+        "versions": library_versions(),
+    }
+    write_json(folder / SIDECAR_NAME, {**content, "digest": _content_digest(content)})
 
 
 def read_sidecar(folder: Path) -> Sidecar | None:
@@ -184,6 +201,11 @@ def read_sidecar(folder: Path) -> Sidecar | None:
                 f"{path} has format {content['format']}, this llmreg reads {FORMAT}; upgrade llmreg, or remove the "
                 "file to load the adapter as a plain LoRA for inference."
             )
+        if content["digest"] != _content_digest(content):
+            raise AdapterFileError(
+                f"{path} was changed after it was saved (its content does not match its digest); copy the adapter again, "
+                "or remove the file to load it as a plain LoRA for inference."
+            )
         fields = {key: content[key] for key in ("method", "config", "files", "start_hash", "versions")}
         if set(fields["files"]) != {SAFETENSORS_WEIGHTS_NAME, FACTORS_NAME}:
             raise KeyError("files")
@@ -195,6 +217,12 @@ def read_sidecar(folder: Path) -> Sidecar | None:
             f"{path} is damaged ({type(error).__name__}: {error}); copy the adapter again, or remove the file to load "
             "it as a plain LoRA for inference."
         ) from error
+
+
+def _content_digest(content: dict[str, Any]) -> str:
+    """SHA-256 of the sidecar's content besides its own digest."""
+    text = json.dumps({key: value for key, value in content.items() if key != "digest"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
