@@ -299,6 +299,7 @@ def save(
         name: p.detach().half().contiguous() for name, p in model.named_parameters()
     }  # tied head: once
     save_file(weights, new / "model.safetensors", metadata={"format": "pt"})
+    (new / "model.safetensors").chmod(0o644)
     (new / "README.md").write_text(card(facts), encoding="utf-8")
     (new / "pretraining.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     old = output.with_name(output.name + ".old")

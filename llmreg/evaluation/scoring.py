@@ -17,7 +17,7 @@ from llmreg.errors import RecipeError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 __all__ = ["Perplexity", "Progress", "Score", "exact_match", "perplexity"]
 
@@ -85,9 +85,7 @@ def exact_match(
     rows = _checked(examples, ("prompt", "completion"))
     prompts = _encode(tokenizer, [row["prompt"] for row in rows])
     if not all(prompts):
-        raise RecipeError(
-            "exact_match: an example has an empty prompt; give every example a prompt to complete"
-        )
+        raise RecipeError("exact_match: an example has an empty prompt; give every example a prompt to complete")
     if max_new_tokens is None:
         max_new_tokens = 1 + max(map(len, _encode(tokenizer, [row["completion"] for row in rows])))
     right = 0
@@ -148,9 +146,7 @@ def _checked(examples: Sequence[Mapping[str, str]], columns: Sequence[str]) -> S
     for i, row in enumerate(examples):
         missing = [column for column in columns if column not in row]
         if missing:
-            raise RecipeError(
-                f"example {i} has no column {missing[0]!r}; it has {', '.join(sorted(row)) or 'none'}"
-            )
+            raise RecipeError(f"example {i} has no column {missing[0]!r}; it has {', '.join(sorted(row)) or 'none'}")
     return examples
 
 
@@ -211,7 +207,6 @@ def _complete(
 
     pad = _pad_token(tokenizer)
     ids, mask = _padded(prompts, pad, "left", _device(model))
-    # An explicit configuration: sampling fields of the model's own would make `generate` warn.
     config = GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -220,9 +215,21 @@ def _complete(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=pad,
     )
-    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    with _generation_config(model, config):
+        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     completions = output[:, ids.shape[1] :].tolist()
     return [tokenizer.decode(_before_end(tokens, tokenizer)).strip() for tokens in completions]
+
+
+@contextmanager
+def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """Let `config` stand in for the model's own: `generate` mixes the two and warns of sampling fields in it."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own, base.generation_config = base.generation_config, config
+    try:
+        yield
+    finally:
+        base.generation_config = own
 
 
 def _before_end(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
