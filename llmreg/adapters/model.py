@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from ..errors import UnsupportedError, WeightError
 from ..weights import storage_of
 from .config import AdditiveConfig
-from .layer import AdditiveLayer, additive_class, upgrade
+from .layer import AdditiveLayer, additive_class, downgrade, upgrade
 from .loading import exact_factors, starts
+from .rollback import unchanged_on_error
 from .start import start_factors
 from .stored_form import FACTOR_NAMES, from_stored, to_stored
 
-__all__ = ["AdditiveModel", "adopt", "is_additive", "live_factors"]
+__all__ = ["AdditiveModel", "adopt", "is_additive", "live_factors", "release"]
 
 _EXPORT_FIRST = "export it to plain LoRA first (llmreg.export_lora) and use the export"
 
@@ -36,26 +37,17 @@ class AdditiveModel(LoraModel):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Wrap the targeted layers and start the factors; on an error the model is as it was before."""
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        first = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
+        config = self.peft_config[adapter_name]
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-            config = self.peft_config[adapter_name]
-            if isinstance(config, AdditiveConfig) and starts():
-                start_factors(model, adapter_name, config, self.peft_config)
-        except Exception:
-            if first:
-                self._unload_and_optionally_merge(merge=False)
-                for parameter in trainable:
-                    parameter.requires_grad_(True)
-            else:
-                self._remove_layers(adapter_name)
+            with unchanged_on_error(self):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+                if isinstance(config, AdditiveConfig) and starts():
+                    start_factors(model, adapter_name, config, self.peft_config)
+        except BaseException:
+            self.peft_config.pop(adapter_name)
+            if self.peft_config and not any(map(is_additive, self.peft_config.values())):
+                release(self)
             raise
-
-    def _remove_layers(self, adapter_name: str) -> None:
-        for module in self.model.modules():
-            if isinstance(module, BaseTunerLayer) and adapter_name in module._all_available_adapter_names():
-                module.delete_adapter(adapter_name)
 
     def _create_and_replace(
         self,
@@ -160,6 +152,14 @@ def adopt(tuner: LoraModel) -> None:
         for module in list(tuner.model.modules()):
             if isinstance(module, BaseTunerLayer) and not isinstance(module, AdditiveLayer):
                 upgrade(module)
+
+
+def release(tuner: LoraModel) -> None:
+    """Undo `adopt`: a tuner without additive adapters, and its layers, are PEFT's own again."""
+    for module in list(tuner.model.modules()):
+        if isinstance(module, AdditiveLayer):
+            downgrade(module)
+    tuner.__class__ = LoraModel
 
 
 def is_additive(config: LoraConfig) -> bool:
