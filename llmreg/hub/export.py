@@ -12,7 +12,6 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -29,6 +28,8 @@ __all__ = ["ExportReport", "export_lora", "recompress"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PREFIX = "base_model.model."
+#: Values of `init_lora_weights` that leave the base weights alone; the others change them at every load.
+_HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,14 @@ def recompress(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor, flo
     """The best rank-`rank` approximation of `up @ down`.
 
     Args:
-        up: `(out, R)`. down: `(R, in)`. rank: at most `R`; computed in fp64.
+        up: `(out, R)`. down: `(R, in)`. rank: of the result, or less where `out`, `in` or `R` is smaller.
 
     Returns:
         `B (out, rank)`, `A (rank, in)` (fp64), and the Frobenius norms of the dropped part and of the whole.
     """
     Q_up, R_up = torch.linalg.qr(up.double())
     Q_down, R_down = torch.linalg.qr(down.double().t())
-    U, S, Vh = torch.linalg.svd(R_up @ R_down.t())
+    U, S, Vh = torch.linalg.svd(R_up @ R_down.t(), full_matrices=False)
     root = S[:rank].sqrt()
     B = (Q_up @ U[:, :rank]) * root
     A = root.unsqueeze(1) * (Vh[:rank] @ Q_down.t())
@@ -88,13 +89,15 @@ def export_lora(
         raise RecipeError(f"rank must be a positive integer, got {rank}.")
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise RecipeError(f"{dst} is not an empty folder; choose another output or empty it.")
-    settings, tensors = _read(src)
-    config = LoraConfig(**settings)
+    config, tensors = _read(src)
+    _check_finite(tensors, f"the adapter in {src}")
     errors: dict[str, tuple[float, float]] = {}
     if rank is not None:
+        _check_recompressible(config, tensors)
         config, tensors, errors = _recompress_all(config, tensors, rank)
     if target_dtype is not None:
         tensors = {key: value.to(target_dtype) for key, value in tensors.items()}
+        _check_finite(tensors, f"the adapter in {target_dtype}")
     report = _report(config, tensors, errors)
     with staged_folder(dst) as staging:
         save_file(tensors, staging / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
@@ -112,7 +115,7 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return _DTYPES[dtype]
 
 
-def _read(src: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(src: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Config and tensors of a plain LoRA adapter."""
     if not (src / CONFIG_NAME).is_file():
         raise AdapterFileError(f"{src} holds no adapter: {CONFIG_NAME} is missing; give the folder of a saved adapter.")
@@ -123,11 +126,39 @@ def _read(src: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         settings = json.loads((src / CONFIG_NAME).read_text(encoding="utf-8"))
         tensors = load_file(weights)
-    except (ValueError, SafetensorError, OSError) as error:
+        kind = settings.pop("peft_type")
+        config = LoraConfig(**settings) if kind == "LORA" else None
+    except (ValueError, TypeError, AttributeError, KeyError, SafetensorError, OSError) as error:
         raise AdapterFileError(f"{src} is damaged ({error}); copy the adapter again.") from error
-    if settings.get("peft_type") != "LORA":
-        raise AdapterFileError(f"{src} holds a {settings.get('peft_type')} adapter; only plain LoRA can be exported.")
-    return {key: value for key, value in settings.items() if key != "peft_type"}, tensors
+    if config is None:
+        raise AdapterFileError(f"{src} holds a {kind} adapter; only plain LoRA can be exported.")
+    if config.init_lora_weights not in _HARMLESS_STARTS:
+        raise AdapterFileError(
+            f"{src} has init_lora_weights={config.init_lora_weights!r}: PEFT changes the base weights when loading it, "
+            "so its factors alone are no plain LoRA; convert it with PEFT "
+            "(save_pretrained(..., path_initial_model_for_weight_conversion=...)) first."
+        )
+    config.init_lora_weights, config.eva_config = True, None
+    return config, tensors
+
+
+def _check_finite(tensors: dict[str, Tensor], what: str) -> None:
+    for key, value in tensors.items():
+        if not torch.isfinite(value).all():
+            raise AdapterFileError(f"{key!r} of {what} holds NaN or infinite values; export another checkpoint of it.")
+
+
+def _check_recompressible(config: LoraConfig, tensors: dict[str, Tensor]) -> None:
+    """Refuse what is not a pair of matrices per layer: its update is more than `s up down`."""
+    for key, value in tensors.items():
+        if "lora_" in key and (not key.endswith((".lora_A.weight", ".lora_B.weight")) or value.dim() != 2):
+            raise AdapterFileError(f"{key!r} is not a factor of a linear layer: leave rank out to export it as it is.")
+        if ".lora_A." in key and key.replace(".lora_A.", ".lora_B.") not in tensors:
+            raise AdapterFileError(f"{key!r} has no lora_B beside it: the adapter is damaged; copy it again.")
+    if config.target_parameters:
+        raise AdapterFileError(
+            "target_parameters cannot be recompressed; leave rank out to export the adapter as it is."
+        )
 
 
 def _recompress_all(
@@ -140,11 +171,10 @@ def _recompress_all(
         partner = key.replace(".lora_A.", ".lora_B.")
         down, up = tensors[key], tensors[partner]
         layer = key.split(".lora_A.")[0].removeprefix(_PREFIX)
-        kept = min(rank, down.shape[0])
-        B, A, dropped, whole = recompress(up * _scaling(config, layer, down.shape[0]), down, kept)
+        B, A, dropped, whole = recompress(up * _scaling(config, layer, down.shape[0]), down, rank)
         out[key], out[partner] = A.to(down.dtype).contiguous(), B.to(up.dtype).contiguous()
         errors[layer] = (dropped, whole)
-        ranks[layer] = kept
+        ranks[layer] = A.shape[0]
     largest = max(ranks.values(), default=rank)
     config.r, config.lora_alpha, config.use_rslora = largest, largest, False
     config.rank_pattern = {layer: kept for layer, kept in ranks.items() if kept != largest}
@@ -172,7 +202,7 @@ def _report(config: LoraConfig, tensors: dict[str, Tensor], errors: dict[str, tu
 
 def _card(config: LoraConfig, report: ExportReport) -> str:
     base = config.base_model_name_or_path
-    known = base if base and not Path(base).exists() else None
+    known = base if base and not base.startswith(("/", ".", "~")) and not Path(base).exists() else None
     header = f"---\nlibrary_name: peft\ntags:\n- lora\n{f'base_model: {known}' if known else ''}\n---\n".replace(
         "\n\n", "\n"
     )
