@@ -45,10 +45,16 @@ def file_digest(path: str | os.PathLike) -> str:
 
 @contextmanager
 def staged_folder(target: str | os.PathLike) -> Iterator[Path]:
-    """A temporary folder on the same file system as `target`, removed afterwards whatever happens."""
-    parent = Path(target).absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{Path(target).name}.", dir=parent))
+    """A temporary folder on the same file system as `target`, removed afterwards whatever happens.
+
+    It lies beside `target`, or inside where only that allows renaming (a mounted folder, a link to another disk).
+    """
+    target = Path(target).absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = not target.is_dir() or (
+        target.stat().st_dev == target.parent.stat().st_dev and os.access(target.parent, os.W_OK)
+    )
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent if beside else target))
     try:
         os.chmod(staging, 0o755)
         yield staging

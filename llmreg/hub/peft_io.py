@@ -32,7 +32,7 @@ from ..adapters.model import adopt, live_factors
 from ..adapters.registry import ADDITIVE, check_peft_version
 from ..errors import AdapterFileError, UnsupportedError, WeightError
 from ..files import commit_folder, staged_folder, write_json
-from ..weights import bytes_hash, gathered, identity_hash, storage_of
+from ..weights import bytes_hash, identity_hash, is_sharded, storage_of
 from .sidecar import FACTORS_NAME, SIDECAR_NAME, BaseRecord, Sidecar, read_sidecar, write_sidecar
 
 __all__ = ["base_record", "find_sidecar", "install"]
@@ -148,21 +148,24 @@ def base_record(model: PeftModel, layers: list[str]) -> BaseRecord:
 
 
 def _stored_bytes(model: PeftModel, layers: tuple[str, ...]) -> str | None:
-    """Digest of the layers as stored; None where the bytes are gone (ZeRO-3 shards, CPU-repacked 4-bit weights)."""
+    """Digest of the layers as stored; None where they are not whole here (sharded, or repacked 4-bit weights)."""
+    if any(is_sharded(model.get_submodule(name).get_base_layer()) for name in layers):
+        return None
     try:
         return bytes_hash(model, layers)
-    except (UnsupportedError, WeightError):
+    except WeightError:
         return None
 
 
 def _storage_name(modules: Any) -> str:
-    kinds = set()
+    """How the layers are stored, e.g. "nf4" or "bfloat16"; asks no other rank, since only one saves."""
+    names = set()
     for module in modules:
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        with gathered([base]):
-            storage = storage_of(base)
-        kinds.add(str(storage.dtype).removeprefix("torch.") if storage.kind == "float" else storage.kind)
-    return "+".join(sorted(kinds))
+        storage = None if is_sharded(base) else storage_of(base)
+        is_float = storage is None or storage.kind == "float"
+        names.add(str(base.weight.dtype).removeprefix("torch.") if is_float else storage.kind)
+    return "+".join(sorted(names))
 
 
 # -- loading ----------------------------------------------------------------------------------------------------
@@ -189,8 +192,8 @@ def find_sidecar(model_id: Any, **hub: Any) -> Sidecar | None:
             hf_hub_download(str(model_id), name, **hub)
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise AdapterFileError(
-                f"{model_id} has a {SIDECAR_NAME}, but its {name} cannot be had ({type(error).__name__}); push the whole "
-                "adapter folder, or download it again."
+                f"{model_id} has a {SIDECAR_NAME}, but its {name} cannot be had ({type(error).__name__}); push the "
+                "whole adapter folder, or download it again."
             ) from error
     return read_sidecar(Path(path).parent)
 
@@ -278,20 +281,22 @@ def _check_base(sidecar: Sidecar, model: Any, factors: dict[str, Any]) -> None:
     if isinstance(model, PeftModel):
         base = base_record(model, layers)
     else:
-        base = _bare_record(model, [name.removeprefix("base_model.model.") for name in layers])
+        base = _bare_record(model, [name.removeprefix("base_model.model.") for name in layers], sidecar.base.source)
     note = sidecar.check_base(base)
     if note:
         logger.info("%s: %s", sidecar.folder, note)
 
 
-def _bare_record(model: Any, layers: list[str]) -> BaseRecord:
+def _bare_record(model: Any, layers: list[str], source: str | None) -> BaseRecord:
+    """The record of a model that PEFT has not wrapped; its bytes are hashed only where its `source` is another."""
     modules = dict(model.named_modules())
     missing = [name for name in layers if name not in modules]
     if missing:
         raise AdapterFileError(f"The adapter has factors for layer {missing[0]!r}, which this base model lacks.")
     identity = identity_hash(model)
     storage = _storage_name(modules[name] for name in layers)
-    return BaseRecord(identity.digest, identity.source, identity.name, identity.revision, None, storage)
+    stored_bytes = bytes_hash(model, layers) if source and identity.source != source else None
+    return BaseRecord(identity.digest, identity.source, identity.name, identity.revision, stored_bytes, storage)
 
 
 # -- several adapters --------------------------------------------------------------------------------------------

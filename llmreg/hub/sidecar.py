@@ -130,13 +130,18 @@ class Sidecar:
             BaseMismatchError: another identity, or (for bases that never had files) other parameters.
         """
         mine = self.base
-        if mine.digest is None or mine.source != base.source:
-            return "the adapter's base could not be compared with this one: one of them was not loaded from files"
-        if mine.digest == base.digest:
+        if mine.digest is None:
+            return "the adapter's base could not be recorded when it was saved, so it is not compared with this one"
+        if mine.source != base.source:  # one of them has no files: the targeted layers themselves decide
+            if mine.storage != base.storage or base.stored_bytes is None:
+                return f"trained on a base in {mine.storage}, used on one in {base.storage}: not comparable"
+            if mine.stored_bytes == base.stored_bytes:
+                return None
+        elif mine.digest == base.digest:
             if mine.storage == base.storage:
                 return None
             return f"trained on a base stored as {mine.storage}, used on the same base stored as {base.storage}"
-        if mine.source == "memory" and mine.storage != base.storage:
+        elif mine.source == "memory" and mine.storage != base.storage:
             return f"trained on a base in {mine.storage}, used on one in {base.storage}: not comparable"
         trained = f"{mine.name or 'a base'} with digest {mine.digest[:12]}"
         raise BaseMismatchError(
@@ -203,8 +208,8 @@ def read_sidecar(folder: Path) -> Sidecar | None:
             )
         if content["digest"] != _content_digest(content):
             raise AdapterFileError(
-                f"{path} was changed after it was saved (its content does not match its digest); copy the adapter again, "
-                "or remove the file to load it as a plain LoRA for inference."
+                f"{path} was changed after it was saved (its content does not match its digest); copy the adapter "
+                "again, or remove the file to load it as a plain LoRA for inference."
             )
         fields = {key: content[key] for key in ("method", "config", "files", "start_hash", "versions")}
         if set(fields["files"]) != {SAFETENSORS_WEIGHTS_NAME, FACTORS_NAME}:

@@ -1,4 +1,4 @@
-"""Law 2: loaded with llmreg, a saved adapter is the method again, to the last bit; without its sidecar, a plain LoRA."""
+"""Law 2: loaded with llmreg, a saved adapter is the method again to the last bit; without its sidecar, plain LoRA."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_training_continues_as_if_never_interrupted(trained, base, tokens):
 
 
 def test_saving_what_was_loaded_gives_the_same_tensors(trained, base, tmp_path):
-    model, folder = trained
+    _, folder = trained
     PeftModel.from_pretrained(saved.load_base(base), folder).save_pretrained(tmp_path / "again")
     for name in ("adapter_model.safetensors", "llmreg_factors.safetensors", "llmreg.json"):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes(), name
