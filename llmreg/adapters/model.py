@@ -19,7 +19,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError, WeightError
-from ..weights import storage_of
+from ..weights import gathered, storage_of
 from .config import AdditiveConfig
 from .layer import AdditiveLayer, additive_class, downgrade, upgrade
 from .loading import exact_factors, starts
@@ -59,12 +59,13 @@ class AdditiveModel(LoraModel):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        if isinstance(lora_config, AdditiveConfig):
-            base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-            _check_target(lora_config, base, current_key)
-        super()._create_and_replace(
-            lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
-        )
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        with gathered([base]):
+            if isinstance(lora_config, AdditiveConfig):
+                _check_target(lora_config, base, current_key)
+            super()._create_and_replace(
+                lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
+            )
 
     @staticmethod
     def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:

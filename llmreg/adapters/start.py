@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..progress import track
-from ..weights import check_finite, read_weight
+from ..weights import check_finite, gathered, read_weight
 from .config import AdditiveConfig
 from .layer import AdditiveLayer
 
@@ -94,13 +94,8 @@ def _groups(layers: Iterable[tuple[str, Any]], adapter_name: str) -> Iterator[li
 def _start_group(group: list[tuple[str, Any]], adapter_name: str, config: AdditiveConfig) -> None:
     first = group[0][1]
     rank, scaling = first.r[adapter_name], first.scaling[adapter_name]
-    weights = []
-    for name, layer in group:
-        device = torch.device("cuda") if torch.cuda.is_available() else None
-        weight = read_weight(layer.get_base_layer(), name=name, device=device)
-        check_finite(weight, name)
-        weights.append(weight)
-    with torch.no_grad():
+    with torch.no_grad(), gathered(layer.get_base_layer() for _, layer in group):
+        weights = [_read(name, layer) for name, layer in group]
         if len(weights) == 1:
             factors = config.start(weights[0], rank, scaling)
             pairs: list[tuple[Tensor, Tensor]] = [(factors.A, factors.B)]
@@ -110,6 +105,13 @@ def _start_group(group: list[tuple[str, Any]], adapter_name: str, config: Additi
     for (_, layer), (A, B) in zip(group, pairs, strict=True):
         layer.set_factors(adapter_name, A, B)
         _broadcast(layer, adapter_name)
+
+
+def _read(name: str, layer: Any) -> Tensor:
+    """The layer's base weight in fp32, on a GPU where there is one."""
+    weight = read_weight(layer.get_base_layer(), name=name, device="cuda" if torch.cuda.is_available() else None)
+    check_finite(weight, name)
+    return weight
 
 
 def _broadcast(layer: Any, adapter_name: str) -> None:

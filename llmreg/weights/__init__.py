@@ -5,6 +5,7 @@ from llmreg.weights.hashing import bytes_hash, module_bytes_hash
 from llmreg.weights.identity import Identity, identity_hash
 from llmreg.weights.quantized import dequantize, requantize
 from llmreg.weights.read import read_weight
+from llmreg.weights.sharded import gathered, is_sharded
 from llmreg.weights.source import SafetensorsSource
 from llmreg.weights.storage import Storage, is_supported, storage_of
 
@@ -15,7 +16,9 @@ __all__ = [
     "bytes_hash",
     "check_finite",
     "dequantize",
+    "gathered",
     "identity_hash",
+    "is_sharded",
     "is_supported",
     "module_bytes_hash",
     "read_weight",

@@ -1,0 +1,35 @@
+"""Weights of which each process holds a part; those of DeepSpeed ZeRO-3 become whole for as long as a context lasts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from llmreg.weights.storage import is_dtensor
+
+__all__ = ["gathered", "is_sharded"]
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether this process holds only a part of the weight (ZeRO-3, FSDP2); reading it asks the other ranks."""
+    weight = module.weight
+    return hasattr(weight, "ds_id") or is_dtensor(weight)
+
+
+@contextmanager
+def gathered(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the context the weights of `modules` are whole on every rank; a no-op without ZeRO-3.
+
+    A collective under ZeRO-3: every rank must enter with the same modules, in the same order. One layer at a time
+    keeps the memory at one layer.
+    """
+    weights = [module.weight for module in modules if hasattr(getattr(module, "weight", None), "ds_id")]
+    if not weights:
+        yield
+        return
+    from deepspeed.zero import GatheredParameters
+
+    with GatheredParameters(weights, modifier_rank=None):
+        yield
