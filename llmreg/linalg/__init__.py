@@ -8,6 +8,7 @@ from llmreg.linalg.operators import LinearOperator, MatrixOperator, ProductOpera
 from llmreg.linalg.orthonormal import cholesky_qr
 from llmreg.linalg.signs import fix_signs
 from llmreg.linalg.sketch import gaussian_sketch, make_generator
+from llmreg.linalg.smallest import smallest_svd
 from llmreg.linalg.svd import SketchPlan, plan_sketch, truncated_svd
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "gaussian_sketch",
     "make_generator",
     "plan_sketch",
+    "smallest_svd",
     "truncated_svd",
 ]

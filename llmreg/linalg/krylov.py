@@ -1,10 +1,10 @@
 """Orthonormal bases that hold the leading right singular vectors, and the projection onto them.
 
-Block Krylov: from a random block `V1`, every `A^T A V_j` extends the basis `V`. All blocks are kept, so the
-basis holds every polynomial in `A^T A` applied to the start and not only the last power; for the same
-number of passes over `A` the error is far smaller than that of subspace iteration, and the blocks may be
-narrower than the rank. The products `A V` fall out on the way, and the best approximation within the basis
-is their SVD (Rayleigh-Ritz).
+Block Krylov: from `V_1 = orth(A^T G)`, `G` Gaussian, every `A^T A V_j` extends the basis `V`. All blocks
+are kept, so the basis holds every polynomial in `A^T A` applied to the start and not only the last power;
+for the same number of passes over `A` the error is far smaller than that of subspace iteration, and the
+blocks may be narrower than the rank. The products `A V` fall out on the way, and the best approximation
+within the basis is their SVD (Rayleigh-Ritz).
 Musco & Musco, "Randomized block Krylov methods for stronger and faster approximate SVD" (NeurIPS 2015);
 Halko, Martinsson & Tropp, "Finding structure with randomness" (SIAM Review 2011) for subspace iteration.
 """
@@ -36,10 +36,14 @@ class Projection(NamedTuple):
 
 
 def start_block(A: LinearOperator, width: int, generator: torch.Generator) -> Tensor:
-    """An orthonormal random `(..., n, width)` start, the same one for every member of a batch."""
-    sketch = gaussian_sketch(A.shape[-1], width, generator=generator, dtype=A.dtype, device=A.device)
-    V, _ = cholesky_qr(sketch)
-    return V.expand(*A.shape[:-2], *V.shape)
+    """`orth(A^T G)`, `(..., n, width)`, with a Gaussian `G` that all members of a batch share; one pass.
+
+    Raises:
+        WeightError: the product is not finite (NaN or Inf in `A`, or an overflow).
+    """
+    sketch = gaussian_sketch(A.shape[-2], width, generator=generator, dtype=A.dtype, device=A.device)
+    Z, _ = _scaled(A.rmatmul(sketch.expand(*A.shape[:-2], *sketch.shape)))
+    return orthonormalize(Z, against=None, generator=generator)
 
 
 def subspace_start(A: LinearOperator, V: Tensor, iterations: int, *, generator: torch.Generator) -> Tensor:
@@ -94,9 +98,9 @@ def leading_triplets(projection: Projection, rank: int) -> tuple[Tensor, Tensor,
     V, P, scale = projection
     picked: Tensor | None = None
     if P.dtype != torch.float64:
-        eigenvalues, eigenvectors = torch.linalg.eigh((P.mT @ P).to(torch.float64))
+        eigenvalues, eigenvectors = torch.linalg.eigh(P.mT @ P)
         if bool((eigenvalues[..., -rank] > _GRAM_IS_SAFE**2 * eigenvalues[..., -1]).all()):
-            picked = eigenvectors[..., -rank:].to(P.dtype)
+            picked = eigenvectors[..., -rank:]
             P = P @ picked
     Q, R = cholesky_qr(P)
     small_U, S, small_Vh = torch.linalg.svd(R.to(torch.float64), full_matrices=False)

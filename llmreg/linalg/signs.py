@@ -22,10 +22,7 @@ def fix_signs(U: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         New tensors `(U, Vh)`; the product `U diag(S) Vh` is unchanged for every `S`.
     """
-    magnitude = U.abs()
-    # argmax leaves the choice among equal entries to the device, so the first one is taken explicitly.
-    is_largest = magnitude == magnitude.amax(dim=-2, keepdim=True)
-    row = torch.arange(U.shape[-2], device=U.device).unsqueeze(-1)
-    first = torch.where(is_largest, row, U.shape[-2] - 1).amin(dim=-2, keepdim=True)
-    sign = torch.where(U.gather(-2, first) < 0, -1.0, 1.0).to(U.dtype)
+    # `max` returns the first maximum, so a tie is broken in the same way on every device.
+    largest = U.abs().max(dim=-2, keepdim=True).indices
+    sign = torch.where(U.gather(-2, largest) < 0, -1.0, 1.0).to(U.dtype)
     return U * sign, Vh * sign.mT

@@ -22,11 +22,13 @@ __all__ = ["SketchPlan", "check_rank", "exact_svd", "plan_sketch", "truncated_sv
 
 Method = Literal["randomized", "krylov", "subspace", "exact"]
 Triplets = tuple[Tensor, Tensor, Tensor]
+# Up to this size a full SVD costs about as much as a basis that nearly fills the matrix.
+_SMALL = 256
 _METHODS = ("randomized", "krylov", "subspace", "exact")
 
 
 class SketchPlan(NamedTuple):
-    """`width` random vectors, `power_iterations` of subspace iteration, then `blocks` Krylov blocks kept."""
+    """`width` random vectors, `power_iterations` that keep the last power, `blocks` that are all kept."""
 
     width: int
     power_iterations: int
@@ -40,7 +42,7 @@ class SketchPlan(NamedTuple):
     @property
     def passes(self) -> int:
         """Multiplications by the matrix or its transpose."""
-        return 2 * (self.power_iterations + self.blocks) - 1
+        return 2 * (self.power_iterations + self.blocks)
 
 
 def plan_sketch(
@@ -50,20 +52,42 @@ def plan_sketch(
     power_iterations: int | None = None,
     method: Literal["krylov", "subspace"] = "krylov",
 ) -> SketchPlan:
-    """The sketch that `truncated_svd` uses for these arguments.
+    """The sketch that `truncated_svd` uses for these arguments, if the matrix is large enough for it.
 
-    `krylov` keeps the start and every power of it: with neither argument given, 6 blocks of `rank / 2`
-    (at least 12) columns; else `power_iterations + 1` blocks of `rank + oversample` columns.
-    `subspace` keeps the last power only, `rank + oversample` columns.
-    Where only one argument is given the other is `max(16, rank / 2)` or 4.
+    `subspace` is the textbook method: `rank + oversample` columns and only the last power, which makes
+    the final eigenproblem small. `krylov` keeps every power; with neither argument given its blocks are
+    narrower than the rank and more of them (`rank` in 4 blocks up to 32, `rank / 2` in 6 above, at least
+    16 columns), else there are `power_iterations + 1` of them with `rank + oversample` columns.
+    Where an argument is missing it is `max(16, rank / 2)` and 4.
     """
     if method == "krylov" and oversample is None and power_iterations is None:
-        return SketchPlan(width=max(12, -(-rank // 2)), power_iterations=0, blocks=6)
+        if rank <= 32:
+            return SketchPlan(width=max(16, _round_up(rank)), power_iterations=0, blocks=4)
+        return SketchPlan(width=_round_up(-(-rank // 2)), power_iterations=0, blocks=6)
     width = rank + (max(16, -(-rank // 2)) if oversample is None else oversample)
     iterations = 4 if power_iterations is None else power_iterations
     if method == "krylov":
         return SketchPlan(width=width, power_iterations=0, blocks=iterations + 1)
     return SketchPlan(width=width, power_iterations=iterations, blocks=1)
+
+
+def _round_up(columns: int) -> int:
+    """To a multiple of 8: odd widths cost matrix products as much as the next multiple."""
+    return -(-columns // 8) * 8
+
+
+def _fit(plan: SketchPlan, limit: int, rank: int) -> SketchPlan | None:
+    """The plan for a matrix whose shorter side is `limit`; None where an exact SVD is the better choice.
+
+    Blocks that do not fit become power iterations, so that the number of passes stays. A basis must hold
+    `rank` columns and be narrower than the matrix.
+    """
+    if plan.columns < limit:
+        return plan
+    blocks = (limit - 1) // plan.width
+    if limit <= _SMALL or blocks * plan.width < rank:
+        return None
+    return SketchPlan(plan.width, plan.power_iterations + plan.blocks - blocks, blocks)
 
 
 def truncated_svd(
@@ -106,8 +130,9 @@ def truncated_svd(
         method = "krylov" if A.device.type == "cpu" else "subspace"
     if method != "exact":
         plan = plan_sketch(rank, oversample=oversample, power_iterations=power_iterations, method=method)
-        if plan.columns < min(A.shape[-2:]):
-            return _randomized_svd(A, rank, plan, seed)
+        fitted = _fit(plan, min(A.shape[-2:]), rank)
+        if fitted is not None:
+            return _randomized_svd(A, rank, fitted, seed)
     U, S, Vh = exact_svd(A.dense())
     U, Vh = fix_signs(U[..., :rank], Vh[..., :rank, :])
     return U, S[..., :rank].clone(), Vh
