@@ -16,7 +16,7 @@ from ..errors import UnsupportedError
 from ..initializers import Factors, pissa
 from .registry import ADDITIVE
 
-__all__ = ["REFUSED_FIELDS", "SUPPORTED_FIELDS", "AdditiveConfig", "PissaConfig"]
+__all__ = ["REFUSED_FIELDS", "SUPPORTED_FIELDS", "AdditiveConfig", "PissaConfig", "base_change"]
 
 #: Inherited fields that work as in PEFT.
 SUPPORTED_FIELDS = frozenset(
@@ -178,3 +178,17 @@ class PissaConfig(AdditiveConfig):
             power_iterations=self.power_iterations,
             seed=self.seed,
         )
+
+
+#: Values of `LoraConfig.init_lora_weights` (up to `_niter_k`) that subtract from the base weight or replace it.
+_BASE_CHANGING_INITS = frozenset({"pissa", "olora", "corda", "loftq", "lora_ga"})
+
+
+def base_change(config: LoraConfig) -> str | None:
+    """The setting by which a plain `LoraConfig` changes the base weights themselves; None if it leaves them alone."""
+    init = config.init_lora_weights
+    if isinstance(init, str) and init.lower().split("_niter_")[0] in _BASE_CHANGING_INITS:
+        return f"init_lora_weights={init!r}"
+    if config.bias != "none":
+        return f"bias={config.bias!r}"
+    return "kasa_config" if config.kasa_config is not None else None

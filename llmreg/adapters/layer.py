@@ -18,6 +18,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
 
+from ..errors import UnsupportedError
 from .config import AdditiveConfig
 from .difference import add_difference, concatenate
 from .loading import exact_factors
@@ -65,7 +66,8 @@ class AdditiveVariant(LoraVariant):
 class AdditiveLayer:
     """Mixin in front of one of PEFT's LoRA layers; see the module's docstring."""
 
-    adapter_layer_names = (*LoraLayer.adapter_layer_names, *_FROZEN)
+    # Not among `adapter_layer_names`, for which PEFT switches `requires_grad` on and off.
+    other_param_names = (*LoraLayer.other_param_names, *_FROZEN)
 
     def prepare_frozen(self: Any) -> None:
         """Create the containers of the frozen factors, if they are not there yet."""
@@ -93,11 +95,11 @@ class AdditiveLayer:
         self.use_dora[adapter_name] = False
         self.lora_bias[adapter_name] = False
         self.lora_dropout.update({adapter_name: nn.Identity()})
-        for factor_A, factor_B in ((self.lora_A, self.lora_B), (self.lora_A0, self.lora_B0)):
-            factor_A[adapter_name] = _Factor(self.in_features, r)
-            factor_B[adapter_name] = _Factor(r, self.out_features)
+        self.lora_A[adapter_name] = _Factor(self.in_features, r)
+        self.lora_B[adapter_name] = _Factor(r, self.out_features)
+        self.lora_A0[adapter_name] = _Factor(self.in_features, r).requires_grad_(False)
+        self.lora_B0[adapter_name] = _Factor(r, self.out_features).requires_grad_(False)
         self.lora_variant[adapter_name] = AdditiveVariant()
-        self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: _FROZEN}
         if config.exact_unmerge:
             self._exact_unmerge.add(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -164,6 +166,26 @@ class AdditiveLayer:
         else:
             self.merged_adapters.clear()
             _put_back_storage(self.get_base_layer(), kept)
+
+
+def _refuse_other_start(name: str) -> Any:
+    """One of `LoraLayer`'s initialisations, refused for additive adapters: it would leave `A0`, `B0` behind."""
+
+    def start(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        if adapter_name in self.lora_A0:
+            raise UnsupportedError(
+                f"{name} would restart the additive adapter {adapter_name!r} as another kind of LoRA; delete it and "
+                "add an adapter with the config you want."
+            )
+        return getattr(super(AdditiveLayer, self), name)(adapter_name, *args, **kwargs)
+
+    return start
+
+
+for (
+    _name
+) in "corda_init loftq_init lora_ga_init mica_init olora_init orthogonal_init pissa_init reset_lora_parameters".split():
+    setattr(AdditiveLayer, _name, _refuse_other_start(_name))
 
 
 def _copy_storage(base: nn.Module) -> tuple[Any, Any]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedError, WeightError
 from ..weights import gathered, storage_of
-from .config import AdditiveConfig
+from .config import AdditiveConfig, base_change
 from .layer import AdditiveLayer, additive_class, downgrade, upgrade
 from .loading import exact_factors, starts
 from .rollback import unchanged_on_error
@@ -48,6 +48,19 @@ class AdditiveModel(LoraModel):
             if self.peft_config and not any(map(is_additive, self.peft_config.values())):
                 release(self)
             raise
+
+    def _check_new_adapter_config(self, config: Any) -> None:
+        """Refuse to let an additive adapter share its base with a plain LoRA that changes the base."""
+        super()._check_new_adapter_config(config)
+        if not any(map(is_additive, self.peft_config.values())):
+            return
+        for name, other in self.peft_config.items():
+            change = None if is_additive(other) else base_change(other)
+            if change:
+                raise UnsupportedError(
+                    f"The plain LoRA adapter {name!r} changes the base weights ({change}), on which an additive "
+                    "adapter relies; give each its own copy of the model, or use the default init_lora_weights and bias."
+                )
 
     def _create_and_replace(
         self,
