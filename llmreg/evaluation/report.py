@@ -1,0 +1,159 @@
+"""What a run came to: one report, as JSON for machines and as a short table for people."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from .measure import Measurement
+
+__all__ = ["Report", "library_versions", "machine", "peak_memory_mib"]
+
+_LIBRARIES = (
+    "llmreg torch transformers peft trl accelerate datasets tokenizers safetensors bitsandbytes numpy pydantic".split()
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of `llmreg.recipes.run`.
+
+    Attributes:
+        method, model, seed: of the recipe.
+        measurements: scores before and after, tasks first.
+        heldout_loss: {"before", "after"} in nats a trained token, or None.
+        steps, train_loss: optimizer steps, and the mean training loss over them.
+        losses: the loss curve, one {"step", "loss", "learning_rate"} a log line.
+        trainable_parameters, total_parameters: of the model with its adapter.
+        adapter_bytes: size of the adapter's weights file.
+        rank: of the saved plain LoRA.
+        start_hash: SHA-256 of the starting factors; None for methods that start from noise.
+        peak_memory_mib: {"process"} and, with a GPU, {"gpu"}.
+        seconds: {"load", "init", "evaluate", "train", "save", "total"}.
+        adapter: its folder. export: None, or {"path", "rank", "dtype", "relative_error"}.
+        load: two lines of Python that load the adapter.
+        versions, machine: of the libraries, and of what it ran on.
+    """
+
+    method: str
+    model: str
+    seed: int
+    measurements: tuple[Measurement, ...]
+    heldout_loss: dict[str, float] | None
+    steps: int
+    train_loss: float
+    losses: tuple[dict[str, float], ...]
+    trainable_parameters: int
+    total_parameters: int
+    adapter_bytes: int
+    rank: int
+    start_hash: str | None
+    peak_memory_mib: dict[str, float]
+    seconds: dict[str, float]
+    adapter: str
+    export: dict[str, Any] | None
+    load: tuple[str, ...]
+    versions: dict[str, str] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain values."""
+        values = asdict(self)
+        for row, measurement in zip(values["measurements"], self.measurements, strict=True):
+            row["forgetting"] = measurement.forgotten
+        return values
+
+    def renderables(self) -> list[Any]:
+        """What `rich` prints: a table of scores, what it cost, and how to load the adapter."""
+        from rich.markup import escape
+
+        seconds = ", ".join(f"{name} {value:.0f}" for name, value in self.seconds.items() if name != "total")
+        memory = ", ".join(f"{value:,.0f} MiB ({name})" for name, value in self.peak_memory_mib.items())
+        share = self.trainable_parameters / self.total_parameters
+        lines = [
+            f"[bold]Trained[/]   {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({share:.1%}), "
+            f"{self.steps:,} steps",
+            f"[bold]Time[/]      {self.seconds['total']:.0f} s ({seconds})",
+            f"[bold]Memory[/]    {memory} at the peak",
+            f"[bold]Adapter[/]   {escape(self.adapter)} (plain LoRA of rank {self.rank}, {_size(self.adapter_bytes)})",
+        ]
+        if self.export:
+            rank, dtype, error = (self.export[key] for key in ("rank", "dtype", "relative_error"))
+            lines.append(
+                f"[bold]Exported[/]  {escape(self.export['path'])} (rank {rank}, {dtype}, relative error {error:.1e})"
+            )
+        lines.append("[bold]Load it[/]   " + "\n          ".join(escape(line) for line in self.load))
+        table = self._table()
+        return [table, *lines] if table.row_count else list(lines)
+
+    def _table(self) -> Any:
+        from rich.table import Table
+
+        table = Table(title=f"{self.method} on {self.model}", title_justify="left")
+        table.add_column("score")
+        for column in ("before", "after", "change"):
+            table.add_column(column, justify="right")
+        for row in self.measurements:
+            table.add_row(*_cells(row))
+        if self.heldout_loss:
+            before, after = self.heldout_loss["before"], self.heldout_loss["after"]
+            table.add_row("held-out loss", f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
+        return table
+
+
+def _cells(row: Measurement) -> tuple[str, str, str, str]:
+    label = f"{row.name} ({row.metric}{', forgetting' if row.role == 'forgetting' else ''})"
+    if row.metric == "exact match":
+        change = 100 * (row.after - row.before)
+        return label, f"{row.before:.1%}", f"{row.after:.1%}", f"{change:+.1f} points"
+    return label, f"{row.before:.2f}", f"{row.after:.2f}", f"{row.after - row.before:+.2f}"
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+
+
+def library_versions() -> dict[str, str]:
+    """Installed versions of what decides a run's numbers, and Python's."""
+    versions = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def machine() -> dict[str, Any]:
+    """What the run's times mean something on: system, cores, threads, GPU. No host name."""
+    import torch
+
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    return {
+        "system": platform.system(),
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+    }
+
+
+def peak_memory_mib() -> dict[str, float]:
+    """The largest memory so far of this process (resident) and of its tensors on the GPU, in MiB."""
+    import torch
+
+    peak: dict[str, float] = {}
+    try:
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
+        peak["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    except ImportError:  # Windows has no such figure
+        pass
+    if torch.cuda.is_available():
+        peak["gpu"] = torch.cuda.max_memory_allocated() / 2**20
+    return peak

@@ -1,0 +1,186 @@
+"""The catalogue: one row a method, from which the command line, the recipe schema, the cards and the docs are printed.
+
+Third parties add rows through the entry-point group `llmreg.methods`: an entry point named like its method that
+points at a `Method`. Nothing heavy is imported here: a row names its config class, `Method.config_class` imports it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import warnings
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from .errors import LlmregError, LlmregWarning, RecipeError
+
+__all__ = ["ENTRY_POINT_GROUP", "Method", "Paper", "catalogue", "get_method"]
+
+ENTRY_POINT_GROUP = "llmreg.methods"
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method comes from: title, arXiv id, and the section that defines it."""
+
+    title: str
+    arxiv: str
+    section: str
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the catalogue.
+
+    Attributes:
+        name: as recipes and `llmreg methods NAME` write it. title: the name in prose.
+        kind: "lora" (plain PEFT), or "additive" (`W x + s (B A - B0 A0) x` over an untouched base).
+        config: import path of the config class, "module:Class".
+        paper: what to read and cite.
+        what, when, when_not: one sentence each.
+        cost: time and memory beyond plain LoRA of equal rank.
+        defaults: what is used where the recipe says nothing.
+        needs: extras, data or hardware beyond the base install; empty if none.
+        recipe: the runnable recipe, relative to the repository.
+        saved_rank: the saved plain LoRA has this times `r` as its rank.
+    """
+
+    name: str
+    title: str
+    kind: str
+    config: str
+    paper: Paper
+    what: str
+    when: str
+    when_not: str
+    cost: str
+    defaults: dict[str, Any] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+    recipe: str = ""
+    saved_rank: int = 1
+
+    def config_class(self) -> Any:
+        """Import and return the config class.
+
+        Raises:
+            LlmregError: the path names nothing that can be imported.
+        """
+        module, _, name = self.config.partition(":")
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise LlmregError(
+                f"The method {self.name!r} names the config class {self.config!r}, which cannot be imported ({error}); "
+                "reinstall the package that adds it."
+            ) from error
+
+    def as_dict(self) -> dict[str, Any]:
+        """The row as plain values, for JSON."""
+        return asdict(self)
+
+
+_ROWS = (
+    Method(
+        name="pissa",
+        title="PiSSA",
+        kind="additive",
+        config="llmreg.adapters:PissaConfig",
+        paper=Paper(
+            "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models",
+            "2404.02948",
+            "3",
+        ),
+        what="Starts A and B from the r largest singular components of each weight and trains those, "
+        "instead of noise and zero.",
+        when="The task is far from what the base can do and steps are few: it moves faster than LoRA at the same rank.",
+        when_not="What the base knows must be kept above all, or the learning rate was tuned for plain LoRA: principal "
+        "directions move, so it forgets more at an equal rate (try a smaller one).",
+        cost="One truncated SVD a layer before training (seconds for 1B), A0 and B0 held beside A and B, and a step "
+        "that costs about what LoRA's does; the saved LoRA has rank 2r unless exported with a rank.",
+        defaults={"lora_alpha": "r", "svd": "randomized", "lora_dropout": 0.0},
+        recipe="recipes/quickstart.yaml",
+        saved_rank=2,
+    ),
+    Method(
+        name="lora",
+        title="LoRA",
+        kind="lora",
+        config="peft:LoraConfig",
+        paper=Paper("LoRA: Low-Rank Adaptation of Large Language Models", "2106.09685", "4.1"),
+        what="PEFT's own LoRA, A random and B zero: the baseline every other method is compared with.",
+        when="You want the reference, dropout on the adapter, or the smallest saved rank.",
+        when_not="You want quick progress at small learning rates; B starts at zero and grows from there.",
+        cost="The baseline: no decomposition, 2 r (in + out) values a layer in training and on disk.",
+        defaults={"r": 8, "lora_alpha": 8, "lora_dropout": 0.0},
+        recipe="recipes/pocket-lora.yaml",
+    ),
+)
+_BUILT_IN = {row.name: row for row in _ROWS}
+
+
+def catalogue() -> dict[str, Method]:
+    """All methods by name: the built-in ones, then those of installed packages.
+
+    A third-party row that cannot be loaded is left out with an `LlmregWarning` that names it.
+
+    Raises:
+        LlmregError: a package adds a method under a name that is taken.
+    """
+    rows = dict(_BUILT_IN)
+    for name, point in _third_party().items():
+        try:
+            rows[name] = _load(point)
+        except LlmregError as error:
+            warnings.warn(str(error), LlmregWarning, stacklevel=2)
+    return rows
+
+
+def get_method(name: str) -> Method:
+    """The row of one method; no other package's code is run for it.
+
+    Raises:
+        RecipeError: there is no such method; the message names the nearest.
+        LlmregError: the package that adds it cannot be loaded.
+    """
+    if name in _BUILT_IN:
+        return _BUILT_IN[name]
+    third_party = _third_party()
+    if name in third_party:
+        return _load(third_party[name])
+    known = [*_BUILT_IN, *third_party]
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    hint = f" did you mean {near[0]!r}?" if near else ""
+    raise RecipeError(f"there is no method {name!r};{hint} Known methods: {', '.join(known)}.")
+
+
+def _third_party() -> dict[str, EntryPoint]:
+    points: dict[str, EntryPoint] = {}
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        if point.name in _BUILT_IN or point.name in points:
+            raise LlmregError(
+                f"The package {_package(point)} adds a method under the name {point.name!r}, which is taken; uninstall "
+                "it or ask its authors to rename the method."
+            )
+        points[point.name] = point
+    return points
+
+
+def _load(point: EntryPoint) -> Method:
+    try:
+        row = point.load()
+    except Exception as error:  # another package's import may raise anything
+        raise LlmregError(
+            f"The method {point.name!r} of the package {_package(point)} cannot be loaded ({error}); repair or "
+            "uninstall that package."
+        ) from error
+    if not isinstance(row, Method) or row.name != point.name:
+        raise LlmregError(
+            f"The entry point {point.name!r} of the package {_package(point)} must point at an llmreg.methods.Method "
+            f"of that name, not at {type(row).__name__} {getattr(row, 'name', '')!r}."
+        )
+    return row
+
+
+def _package(point: EntryPoint) -> str:
+    return repr(point.dist.name) if point.dist else "that defines it"

@@ -1,0 +1,195 @@
+"""The conflicts of law 6: combinations that are refused before a model is loaded, each with what to write instead."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+from ..methods import Method
+from .schema import Recipe
+from .sources import check_name, columns_problem
+
+__all__ = [
+    "VLLM_RANKS",
+    "check_adapter",
+    "check_environment",
+    "check_output",
+    "check_sources",
+    "check_training",
+    "served_rank",
+]
+
+#: What vLLM takes as `--max-lora-rank`; an adapter needs one that is at least its rank.
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+_AT_LEAST_ONE = "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps max_length".split()
+_NOT_NEGATIVE = "learning_rate weight_decay max_grad_norm warmup_steps dataloader_num_workers adam_epsilon".split()
+_TRACKERS = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "tensorboard", "mlflow": "mlflow"}
+
+
+def check_adapter(recipe: Recipe, method: Method, config: Any) -> int:
+    """Rank, alpha, targets, and whether the result can be served; returns the exported rank.
+
+    Raises:
+        RecipeError: with where it was written.
+    """
+    ranks = {"r": config.r, **(config.rank_pattern or {})}
+    for name, rank in ranks.items():
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            where = ("adapter", "r") if name == "r" else ("adapter", "rank_pattern", name)
+            raise recipe.error(where, f"a rank must be a positive integer, not {rank!r}.")
+    if not config.lora_alpha > 0:
+        raise recipe.error(
+            ("adapter", "lora_alpha"),
+            f"lora_alpha {config.lora_alpha!r} would switch the adapter off or around; write a positive number.",
+        )
+    if _targets_head(config.target_modules):
+        raise recipe.error(
+            ("adapter", "target_modules"),
+            "lm_head cannot be a target: it is often tied to the embeddings and servers do not load it; remove it, or "
+            "list it in modules_to_save to train a copy.",
+        )
+    saved = method.saved_rank * max(ranks.values())
+    exported = min(saved, recipe.output.rank) if recipe.output.rank else saved
+    if recipe.output.serve == "vllm":
+        _check_vllm(recipe, method, config, exported)
+    return exported
+
+
+def served_rank(rank: int) -> int | None:
+    """The smallest `--max-lora-rank` of vLLM that holds `rank`, or None."""
+    return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
+
+
+def _check_vllm(recipe: Recipe, method: Method, config: Any, exported: int) -> None:
+    if served_rank(exported) is None:
+        times = f" ({method.saved_rank} x r)" if method.saved_rank > 1 and not recipe.output.rank else ""
+        raise recipe.error(
+            ("output", "serve"),
+            f"the exported rank is {exported}{times}, and vLLM serves ranks up to {VLLM_RANKS[-1]}; write output.rank: "
+            f"{VLLM_RANKS[-1]} or smaller, or lower adapter.r.",
+        )
+    for name in ("modules_to_save", "use_dora", "lora_bias"):
+        if getattr(config, name, None):
+            raise recipe.error(
+                ("adapter", name), f"vLLM does not load adapters with {name}; remove it or output.serve."
+            )
+    if config.bias != "none":
+        raise recipe.error(("adapter", "bias"), "vLLM does not load adapters with biases; write bias: none.")
+    if (config.rank_pattern or config.alpha_pattern) and not recipe.output.rank:
+        name = "rank_pattern" if config.rank_pattern else "alpha_pattern"
+        raise recipe.error(
+            ("adapter", name),
+            f"vLLM scales every layer by one lora_alpha / r and would misread {name}; write output.rank, which folds "
+            "the scaling in, or remove it.",
+        )
+
+
+def _targets_head(targets: Any) -> bool:
+    if isinstance(targets, str):
+        if targets == "all-linear":
+            return False
+        try:
+            return re.fullmatch(targets, "lm_head") is not None
+        except re.error:
+            return False
+    return any(target.split(".")[-1] == "lm_head" for target in targets or ())
+
+
+def check_training(recipe: Recipe, training: Any) -> None:
+    """Numbers that no training can use, and evaluation during training without rows for it.
+
+    Raises:
+        RecipeError: with where it was written.
+    """
+    for names, least in ((_AT_LEAST_ONE, 1), (_NOT_NEGATIVE, 0)):
+        for name in names:
+            value = getattr(training, name)
+            if value is not None and value < least:
+                raise recipe.error(("training", name), f"training.{name} must be at least {least}, not {value}.")
+    if training.max_steps == 0 or training.max_steps < -1:
+        raise recipe.error(
+            ("training", "max_steps"),
+            f"training.max_steps must be positive, not {training.max_steps}; remove it to train for num_train_epochs.",
+        )
+    if training.max_steps == -1 and not training.num_train_epochs > 0:
+        raise recipe.error(
+            ("training", "num_train_epochs"),
+            f"training.num_train_epochs must be positive, not {training.num_train_epochs}.",
+        )
+    strategy = getattr(training.eval_strategy, "value", training.eval_strategy)
+    if strategy != "no" and not (recipe.data.test or recipe.evaluation.heldout):
+        raise recipe.error(
+            ("training", "eval_strategy"),
+            f"eval_strategy {strategy!r} needs rows to evaluate on; write data.test or evaluation.heldout.",
+        )
+
+
+def check_environment(recipe: Recipe, training: Any) -> None:
+    """Extras that the recipe needs and this environment lacks.
+
+    Raises:
+        RecipeError: with the install command.
+    """
+    if recipe.model.quantization and importlib.util.find_spec("bitsandbytes") is None:
+        raise recipe.error(
+            ("model", "quantization"),
+            f"quantization {recipe.model.quantization} needs bitsandbytes; run pip install 'llmreg[quant]', or remove "
+            "model.quantization.",
+        )
+    trackers = training.report_to if isinstance(training.report_to, list) else [training.report_to]
+    for tracker in trackers:
+        package = _TRACKERS.get(tracker)
+        if package and importlib.util.find_spec(package) is None:
+            raise recipe.error(
+                ("training", "report_to"), f"report_to {tracker} needs the package; run pip install {package}."
+            )
+
+
+def check_sources(recipe: Recipe) -> None:
+    """Local files that do not exist, pocket tasks that are unknown, names that are neither file nor Hub id.
+
+    Raises:
+        RecipeError: with where it was written.
+    """
+    named: list[tuple[tuple[str | int, ...], str]] = [(("data", "train"), recipe.data.train)]
+    if recipe.data.test:
+        named.append((("data", "test"), recipe.data.test))
+    for key in ("tasks", "forgetting"):
+        named.extend((("evaluation", key, i), name) for i, name in enumerate(getattr(recipe.evaluation, key)))
+    for location, name in named:
+        problem = check_name(name)
+        if problem:
+            raise recipe.error(location, problem)
+    if recipe.data.columns is not None:
+        problem = columns_problem(recipe.data.columns)
+        if problem:
+            raise recipe.error(("data", "columns"), problem)
+    model = recipe.model.name
+    looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
+    if model != "pocket" and looks_local and not Path(model).expanduser().is_dir():
+        raise recipe.error(
+            ("model", "name"), f"the model folder {model} does not exist; give a folder, a Hub id, or pocket."
+        )
+    if recipe.data.test and recipe.evaluation.heldout:
+        raise recipe.error(
+            ("evaluation", "heldout"), "data.test already gives the held-out rows; remove one of the two."
+        )
+
+
+def check_output(recipe: Recipe) -> None:
+    """An output folder that holds something already.
+
+    Raises:
+        RecipeError: with where it was written.
+    """
+    folder = Path(recipe.output.dir).expanduser()
+    try:
+        occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise recipe.error(("output", "dir"), f"the folder {str(folder)[:80]!r} cannot be used: {reason}.") from None
+    if occupied:
+        raise recipe.error(("output", "dir"), f"{folder} is not an empty folder; empty it or write another output.dir.")

@@ -1,0 +1,155 @@
+"""What a recipe comes to, settled before anything is loaded: the method, its config, TRL's arguments, the conflicts.
+
+`plan` reads no data and no weights and writes nothing; what it accepts can still fail on the data or the model, but not
+on the recipe's own words.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import LlmregError, RecipeError
+from ..methods import Method, get_method
+from .conflicts import check_adapter, check_environment, check_output, check_sources, check_training
+from .fields import check_fields
+from .quiet import quiet
+from .schema import Recipe
+
+__all__ = ["Plan", "plan"]
+
+_ADAPTER_MANAGED = {
+    "peft_type": "the method decides it",
+    "task_type": "the recipe's task decides it",
+    "base_model_name_or_path": "write it under model.name",
+    "revision": "write it under model.revision",
+    "inference_mode": "train always trains",
+    "auto_mapping": "PEFT fills it in",
+    "peft_version": "PEFT fills it in",
+    "runtime_config": "it is not stored with an adapter",
+}
+_TRAINING_MANAGED = {
+    "output_dir": "write it under output.dir",
+    "seed": "write it as seed at the top of the recipe",
+    "model_init_kwargs": "write revision, dtype and quantization under model",
+    "trust_remote_code": "llmreg runs no code from model repositories",
+    "push_to_hub": "publishing is not in this version",
+    "resume_from_checkpoint": "resuming is not in this version",
+    "do_train": "train always trains",
+    "do_eval": "write what to measure under evaluation",
+    "do_predict": "write what to measure under evaluation",
+    "local_rank": "the launcher sets it",
+    "disable_tqdm": "progress is shown on a terminal only",
+    "hub_token": "a recipe holds no secrets",
+}
+_DEPRECATED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe that holds together.
+
+    Attributes:
+        recipe: as given. method: its row in the catalogue.
+        adapter: an instance of the method's config class.
+        training: an `SFTConfig`; its output folder is `output.dir/checkpoints`.
+        exported_rank: the largest rank of the plain LoRA that is published.
+    """
+
+    recipe: Recipe
+    method: Method
+    adapter: Any
+    training: Any
+    exported_rank: int
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Settle a recipe.
+
+    Raises:
+        RecipeError: unknown fields, wrong types, or a conflict of law 6; with where it was written.
+    """
+    with quiet():
+        method = _method(recipe)
+        adapter = _adapter(recipe, method)
+        training = _training(recipe)
+        exported_rank = check_adapter(recipe, method, adapter)
+        check_training(recipe, training)
+        check_environment(recipe, training)
+        check_sources(recipe)
+        check_output(recipe)
+    return Plan(recipe, method, adapter, training, exported_rank)
+
+
+def _method(recipe: Recipe) -> Method:
+    try:
+        return get_method(recipe.adapter.method)
+    except RecipeError as error:
+        raise recipe.error(("adapter", "method"), str(error)) from None
+
+
+def _adapter(recipe: Recipe, method: Method) -> Any:
+    """The config instance; its own refusals get the place of the field they name."""
+    config_class = method.config_class()
+    settings = recipe.adapter.settings
+    managed = dict(_ADAPTER_MANAGED)
+    if method.kind == "lora":
+        managed.update(_changes_base(settings))
+    hidden: frozenset[str] = frozenset()
+    if method.kind == "additive":
+        from ..adapters.config import REFUSED_FIELDS
+
+        hidden = frozenset(REFUSED_FIELDS)
+    check_fields(recipe, "adapter", settings, config_class, managed=managed, hidden=hidden)
+    if method.kind == "additive":
+        settings.setdefault("seed", recipe.seed)
+    try:
+        return config_class(task_type="CAUSAL_LM", **settings)
+    except (LlmregError, ValueError, TypeError) as error:
+        raise recipe.error(_field_in(str(error), "adapter", settings), _sentence(error)) from None
+
+
+def _changes_base(settings: dict[str, Any]) -> dict[str, str]:
+    """PEFT's initialisations that rewrite the base weight are methods of their own here."""
+    start = settings.get("init_lora_weights", True)
+    if isinstance(start, bool) or start in ("gaussian", "orthogonal"):
+        return {}
+    return {"init_lora_weights": f"{start!r} changes the base weights; see `llmreg methods` for methods that do not"}
+
+
+def _training(recipe: Recipe) -> Any:
+    """TRL's config, with what the machine and the recipe's other sections decide."""
+    import torch
+    from trl import SFTConfig
+
+    managed = dict(_TRAINING_MANAGED)
+    managed.update({old: f"TRL has renamed it, write training.{new}" for old, new in _DEPRECATED.items()})
+    check_fields(recipe, "training", recipe.training, SFTConfig, managed=managed)
+    gpu = torch.cuda.is_available() and not recipe.training.get("use_cpu", False)
+    defaults: dict[str, Any] = {
+        "use_cpu": not gpu,
+        "bf16": gpu and not recipe.training.get("fp16", False) and torch.cuda.is_bf16_supported(),
+        "activation_checkpointing": gpu,
+        "dataloader_pin_memory": gpu,
+        "report_to": "none",
+    }
+    fixed = {"output_dir": f"{recipe.output.dir}/checkpoints", "seed": recipe.seed, "disable_tqdm": True}
+    settings = {**defaults, **recipe.training, **fixed}
+    try:
+        return SFTConfig(**settings)
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise recipe.error(_field_in(str(error), "training", recipe.training), _sentence(error)) from None
+
+
+def _field_in(message: str, section: str, settings: dict[str, Any]) -> tuple[str, ...]:
+    """The location of the field that a library's message names, or of the section."""
+    named = [name for name in settings if name in message]
+    return (section, max(named, key=len)) if named else (section,)
+
+
+def _sentence(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if text.endswith((".", "?")) else f"{text}."

@@ -1,0 +1,153 @@
+"""What a recipe may say: exactly the sections and keys of this version, nothing else.
+
+`adapter` and `training` carry the fields of other classes (the method's config, TRL's `SFTConfig`); `fields.py` checks
+those by name and type against these classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from .document import Document
+
+__all__ = ["SECTIONS_TO_COME", "Adapter", "Data", "Evaluation", "Model", "Output", "Recipe"]
+
+_TASKS_TO_COME = ("dpo", "grpo", "classification", "edit")
+#: Sections that later versions read.
+SECTIONS_TO_COME = ("calibration", "regularizers")
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Model(_Section):
+    """The base model.
+
+    Attributes:
+        name: `pocket`, a Hub id, or a local folder. revision: branch, tag or commit on the Hub.
+        dtype: of the weights in memory; `auto` is float32 on a CPU and for the pocket model, bfloat16 on a GPU.
+        quantization: load the base in 4 bits (nf4) or 8 bits (int8) by bitsandbytes.
+    """
+
+    name: str = Field(min_length=1)
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["nf4", "int8"] | None = None
+
+
+class Data(_Section):
+    """Training data: rows with `prompt` and `completion`, `text`, or `messages`; or `question` and `answer` (GSM8K).
+
+    Attributes:
+        train: a pocket task, a Hub id, a .jsonl, .json, .csv or .parquet file, or a folder of them.
+        test: the same, for the held-out loss; may repeat `train` where the splits differ.
+        config: the Hub dataset's configuration. split, test_split: which splits to read.
+        columns: for each column of TRL's format, the column of the data it comes from, or a template with column
+            names in braces: `{prompt: "Question: {question}\\nAnswer:", completion: " {answer}"}`.
+    """
+
+    train: str = Field(min_length=1)
+    test: str | None = None
+    config: str | None = None
+    split: str = "train"
+    test_split: str = "test"
+    columns: dict[str, str] | None = None
+
+
+class Adapter(BaseModel):
+    """The method by its name in `llmreg methods`, and any field of its config class."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    method: str = Field(strict=True, min_length=1)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The config fields as written, without the method."""
+        return dict(self.model_extra or {})
+
+
+class Evaluation(_Section):
+    """What is measured before and after training.
+
+    Attributes:
+        tasks: data sources with `prompt` and `completion`, scored by exact match of the greedy completion.
+        forgetting: data sources of what the base can do: exact match, or perplexity where the rows have `text`.
+        heldout: rows kept back from the training data for a held-out loss.
+        limit: rows read of each source; None = all.
+        batch_size: rows at a time. max_new_tokens: longest completion; None = the longest expected one.
+    """
+
+    tasks: tuple[str, ...] = ()
+    forgetting: tuple[str, ...] = ()
+    heldout: int = Field(default=0, ge=0)
+    limit: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=64, ge=1)
+    max_new_tokens: int | None = Field(default=None, ge=1)
+
+    @field_validator("tasks", "forgetting", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+class Output(_Section):
+    """Where results go.
+
+    Attributes:
+        dir: a folder that is empty or does not exist; gets `adapter/`, `report.json` and `recipe.yaml`.
+        export: the form that is published; plain LoRA.
+        rank, dtype: also export to `lora/`, recompressed to this rank and in this dtype.
+        serve: check before training that this server can load the result.
+    """
+
+    dir: str = Field(min_length=1)
+    export: Literal["lora"] = "lora"
+    rank: int | None = Field(default=None, ge=1)
+    dtype: Dtype | None = None
+    serve: Literal["vllm"] | None = None
+
+
+class Recipe(_Section):
+    """A whole recipe; `llmreg.recipes.load_recipe` makes one from a file."""
+
+    model: Model
+    task: str = "sft"
+    data: Data
+    adapter: Adapter
+    training: dict[str, Any] = Field(default_factory=dict)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+    output: Output
+    seed: int = Field(default=0, ge=0, lt=2**32)
+
+    _document: Document = PrivateAttr(default_factory=lambda: Document("recipe", {}))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty_sections(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {key: value for key, value in values.items() if value is not None}
+
+    @field_validator("task")
+    @classmethod
+    def _known_task(cls, task: str) -> str:
+        if task in _TASKS_TO_COME:
+            raise PydanticCustomError("to_come", f"the task {task} is not in this version of llmreg, only sft")
+        if task != "sft":
+            raise PydanticCustomError("unknown_task", f"there is no task {task!r}; write sft")
+        return task
+
+    def error(self, location: tuple[str | int, ...], message: str, *, at_key: bool = False) -> Exception:
+        """A `RecipeError` that opens with where `location` was written."""
+        return self._document.error(location, message, at_key=at_key)
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe with its defaults, as plain values that load again."""
+        return self.model_dump(mode="json", exclude_none=True)
