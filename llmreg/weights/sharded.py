@@ -29,7 +29,7 @@ def gathered(modules: Iterable[nn.Module]) -> Iterator[None]:
     if not weights:
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters(weights, modifier_rank=None):
+    with deepspeed.zero.GatheredParameters(weights, modifier_rank=None):
         yield

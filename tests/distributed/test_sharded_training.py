@@ -1,0 +1,78 @@
+"""Sharded training gives what one process gives: losses, factors, and an adapter that plain PEFT loads."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+WORKER = Path(__file__).with_name("worker.py")
+pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=64,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def run(mode: str, model_dir: Path, out: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and saved factors of a run of `worker.py`."""
+    out.mkdir()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*(launcher if mode != "single" else [sys.executable]), str(WORKER), mode, str(model_dir), str(out)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=580)
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = json.loads((out / "result.json").read_text())["losses"]
+    return losses, load_file(out / "adapter" / "llmreg_factors.safetensors")
+
+
+@pytest.fixture(scope="module")
+def one_process(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], dict]:
+    return run("single", model_dir, tmp_path_factory.mktemp("single") / "out")
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "fsdp2",
+        pytest.param(
+            "zero3",
+            marks=[
+                pytest.mark.slow,  # the first run compiles DeepSpeed's communication for a minute or two
+                pytest.mark.skipif(
+                    importlib.util.find_spec("deepspeed") is None, reason="needs the extra llmreg[deepspeed]"
+                ),
+            ],
+        ),
+    ],
+)
+def test_two_sharded_processes_equal_one(mode: str, model_dir: Path, tmp_path: Path, one_process: tuple) -> None:
+    losses, factors = run(mode, model_dir, tmp_path / "out")
+    expected_losses, expected = one_process
+    torch.testing.assert_close(losses, expected_losses, rtol=1e-6, atol=0)
+    assert factors.keys() == expected.keys()
+    for key, value in expected.items():
+        # starts are equal to the last bit; trained factors differ by the order of the gradient's sum over ranks
+        if ".lora_A0." in key or ".lora_B0." in key:
+            assert torch.equal(factors[key], value), key
+        torch.testing.assert_close(factors[key], value, rtol=1e-5, atol=1e-6)
