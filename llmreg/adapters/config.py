@@ -94,12 +94,9 @@ class AdditiveConfig(LoraConfig):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.r, int) or self.r < 1:
-            raise UnsupportedError(f"r must be a positive integer, got {self.r!r}.")
         if self.lora_alpha is None:
             self.lora_alpha = self.r
-        if not self.lora_alpha > 0:
-            raise UnsupportedError(f"lora_alpha must be positive, got {self.lora_alpha!r}.")
+        self._check_numbers()
         self._refuse_fields()
         super().__post_init__()
         if self.METHOD == "":
@@ -108,6 +105,16 @@ class AdditiveConfig(LoraConfig):
             raise UnsupportedError(f"{type(self).__name__} is {self.METHOD!r}, not {self.method!r}; leave method out.")
         self.method = self.METHOD
         self.peft_type = ADDITIVE
+
+    def _check_numbers(self) -> None:
+        ranks = {"r": self.r, **{f"rank_pattern[{key!r}]": rank for key, rank in (self.rank_pattern or {}).items()}}
+        for name, rank in ranks.items():
+            if not isinstance(rank, int) or rank < 1:
+                raise UnsupportedError(f"{name} must be a positive integer, got {rank!r}.")
+        alphas = {f"alpha_pattern[{key!r}]": alpha for key, alpha in (self.alpha_pattern or {}).items()}
+        for name, alpha in {"lora_alpha": self.lora_alpha, **alphas}.items():
+            if not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):
+                raise UnsupportedError(f"{name} must be a positive number, got {alpha!r}.")
 
     def _refuse_fields(self) -> None:
         for name, reason in REFUSED_FIELDS.items():

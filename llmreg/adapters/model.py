@@ -59,7 +59,7 @@ class AdditiveModel(LoraModel):
             if change:
                 raise UnsupportedError(
                     f"The plain LoRA adapter {name!r} changes the base weights ({change}), on which an additive "
-                    "adapter relies; give each its own copy of the model, or use the default init_lora_weights and bias."
+                    "adapter relies; give each its own copy of the model, or leave that setting out."
                 )
 
     def _create_and_replace(
