@@ -14,6 +14,7 @@ import inspect
 import json
 import logging
 import shutil
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def save_pretrained(self: PeftModel, *args: Any, **kwargs: Any) -> None:
     additive = [name for name in names if isinstance(self.peft_config.get(name), AdditiveConfig)]
     target = Path(given["save_directory"])
     plain = [target if name == "default" else target / name for name in names if name not in additive]
-    if not given["is_main_process"]:
+    if not given["is_main_process"] or target.is_file():  # PEFT refuses a file
         return original(*call.args, **call.kwargs)
     if not additive:
         _drop_sidecars(plain)
@@ -131,9 +132,9 @@ def base_record(model: PeftModel, layers: list[str]) -> BaseRecord:
     targets = tuple(sorted(set(layers)))
     cache = model.__dict__.setdefault("_llmreg_base_records", {})
     if targets not in cache:
-        modules = {name: model.get_submodule(name) for name in targets}
+        modules = _layers(model, targets)
         storage = _storage_name(modules.values())
-        if any(module.merged for module in modules.values()):
+        if any(getattr(module, "merged", False) for module in modules.values()):
             return BaseRecord(None, None, None, None, None, storage)
         identity = identity_hash(model)
         cache[targets] = BaseRecord(
@@ -149,7 +150,7 @@ def base_record(model: PeftModel, layers: list[str]) -> BaseRecord:
 
 def _stored_bytes(model: PeftModel, layers: tuple[str, ...]) -> str | None:
     """Digest of the layers as stored; None where they are not whole here (sharded, or repacked 4-bit weights)."""
-    if any(is_sharded(model.get_submodule(name).get_base_layer()) for name in layers):
+    if any(is_sharded(_base_layer(model.get_submodule(name))) for name in layers):
         return None
     try:
         return bytes_hash(model, layers)
@@ -157,14 +158,25 @@ def _stored_bytes(model: PeftModel, layers: tuple[str, ...]) -> str | None:
         return None
 
 
+def _layers(model: Any, names: Iterable[str]) -> dict[str, Any]:
+    modules = dict(model.named_modules())
+    missing = [name for name in names if name not in modules]
+    if missing:
+        raise AdapterFileError(f"The adapter has factors for layer {missing[0]!r}, which this base model lacks.")
+    return {name: modules[name] for name in names}
+
+
+def _base_layer(module: Any) -> Any:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
 def _storage_name(modules: Any) -> str:
     """How the layers are stored, e.g. "nf4" or "bfloat16"; asks no other rank, since only one saves."""
     names = set()
     for module in modules:
-        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        storage = None if is_sharded(base) else storage_of(base)
-        is_float = storage is None or storage.kind == "float"
-        names.add(str(base.weight.dtype).removeprefix("torch.") if is_float else storage.kind)
+        base = _base_layer(module)
+        kind = "float" if is_sharded(base) else storage_of(base).kind
+        names.add(str(base.weight.dtype).removeprefix("torch.") if kind == "float" else kind)
     return "+".join(sorted(names))
 
 
@@ -242,6 +254,7 @@ def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, 
     else:
         _check_same_adapter(live, sidecar)
         _check_base(sidecar, self, factors)
+        _check_same_layers(self, adapter_name, sidecar, factors)
         call.arguments["autocast_adapter_dtype"] = False  # PEFT would turn what trains in bf16 into fp32
     with saved_factors(factors):
         return original(*call.args, **call.kwargs)
@@ -275,6 +288,15 @@ def _check_same_adapter(live: AdditiveConfig, sidecar: Sidecar) -> None:
             )
 
 
+def _check_same_layers(model: PeftModel, adapter_name: str, sidecar: Sidecar, factors: dict[str, Any]) -> None:
+    other = sorted(live_factors(model, adapter_name).keys() ^ factors.keys())
+    if other:
+        raise AdapterFileError(
+            f"{sidecar.folder} and the adapter to resume do not have the same layers: "
+            f"{other[0].split('.lora_')[0]!r} is in one of them only; set target_modules as in the saved adapter."
+        )
+
+
 def _check_base(sidecar: Sidecar, model: Any, factors: dict[str, Any]) -> None:
     """Refuse another base before anything is touched; log a note where the storage differs."""
     layers = [key.split(".lora_")[0] for key in factors]
@@ -289,12 +311,8 @@ def _check_base(sidecar: Sidecar, model: Any, factors: dict[str, Any]) -> None:
 
 def _bare_record(model: Any, layers: list[str], source: str | None) -> BaseRecord:
     """The record of a model that PEFT has not wrapped; its bytes are hashed only where its `source` is another."""
-    modules = dict(model.named_modules())
-    missing = [name for name in layers if name not in modules]
-    if missing:
-        raise AdapterFileError(f"The adapter has factors for layer {missing[0]!r}, which this base model lacks.")
+    storage = _storage_name(_layers(model, layers).values())
     identity = identity_hash(model)
-    storage = _storage_name(modules[name] for name in layers)
     stored_bytes = bytes_hash(model, layers) if source and identity.source != source else None
     return BaseRecord(identity.digest, identity.source, identity.name, identity.revision, stored_bytes, storage)
 

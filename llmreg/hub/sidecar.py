@@ -215,7 +215,7 @@ def read_sidecar(folder: Path) -> Sidecar | None:
         if set(fields["files"]) != {SAFETENSORS_WEIGHTS_NAME, FACTORS_NAME}:
             raise KeyError("files")
         return Sidecar(folder=folder, base=BaseRecord(**content["base"]), **fields)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, AdapterFileError):
             raise
         raise AdapterFileError(
