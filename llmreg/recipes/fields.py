@@ -81,7 +81,9 @@ def _mismatch(annotation: Any, value: Any) -> str | None:
         return None if value in choices else f"should be {_either(choices)}, not {value!r}{_near(value, choices)}"
     plain = [kind for kind in members if _is_plain(kind) and kind is not type(None)]
     if not plain:
-        return f"holds a {_name(annotation)}, which a recipe cannot write; leave it out"
+        names = " or ".join(_name(kind) for kind in members if kind is not type(None))
+        allowed = value is None and type(None) in members
+        return None if allowed else f"takes an object ({names}), which a recipe cannot write; leave it out"
     try:
         _adapter(annotation).validate_python(value)
     except PydanticUserError:

@@ -65,10 +65,12 @@ def suggestion(given: str, known: Iterable[str]) -> str:
 
 
 def nearest(given: str, known: Iterable[str]) -> str | None:
-    """The word of `known` that was probably meant, or None; one that `given` begins is preferred."""
-    known = list(known)
-    longer = [word for word in known if len(given) > 2 and word.startswith(given.lower())]
-    near = difflib.get_close_matches(given.lower(), longer or known, n=1, cutoff=0.0 if longer else 0.6)
+    """The word of `known` that was probably meant, or None; one that begins as `given` does is preferred."""
+    known, given = list(known), given.lower()
+    begun = [
+        word for word in known if len(word) > 2 < len(given) and (word.startswith(given) or given.startswith(word))
+    ]
+    near = difflib.get_close_matches(given, begun or known, n=1, cutoff=0.0 if begun else 0.6)
     return near[0] if near else None
 
 
