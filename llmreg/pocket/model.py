@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +32,8 @@ def load_model(dtype: torch.dtype | None = None) -> LlamaForCausalLM:
     import torch
     from transformers import LlamaForCausalLM
 
-    model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(path(), dtype=dtype or torch.float32)
+    with _no_progress_bar():
+        model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(path(), dtype=dtype or torch.float32)
     return model
 
 
@@ -40,3 +43,17 @@ def load_tokenizer() -> PreTrainedTokenizerBase:
 
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path())
     return tokenizer
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keep transformers from drawing a bar over the few milliseconds this takes, also where nobody looks."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
