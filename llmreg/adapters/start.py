@@ -1,7 +1,7 @@
 """Starting the factors of an adapter, layer by layer: from a sibling that already has them, or by decomposition.
 
-Weights are read one layer at a time (a batch of equal shapes on a GPU), so nothing the size of the model is ever
-allocated. In a distributed run each layer is decomposed by one rank and broadcast, so all ranks hold equal factors.
+Weights are read one layer at a time (small ones, and on a GPU, a bounded batch of equal shapes), so nothing the size
+of the model is ever allocated. In a distributed run each layer is decomposed by one rank and broadcast, so all ranks hold equal factors.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .layer import AdditiveLayer
 
 __all__ = ["start_factors"]
 
-#: Bytes of fp32 weights decomposed together on a GPU.
-_BATCH_BYTES = 1 << 30
+#: Bytes of fp32 weights of equal shape that are decomposed together. On a CPU only small layers gain by it.
+_BATCH_BYTES = {"cuda": 1 << 30, "cpu": 16 << 20}
 
 
 def start_factors(
@@ -42,7 +42,7 @@ def start_factors(
     layers = [(name, module) for name, module in _layers(model, adapter_name) if not _is_meta(module, adapter_name)]
     siblings = _siblings(adapter_name, config, configs or {})
     missing = [(name, layer) for name, layer in layers if not _copy_from_sibling(layer, adapter_name, siblings)]
-    for group in track(list(_groups(missing, adapter_name)), f"{config.method}: decomposing", unit="layers"):
+    for group in track(list(_groups(missing, adapter_name)), f"{config.method}: decomposing"):
         _start_group(group, adapter_name, config)
 
 
@@ -78,16 +78,14 @@ def _copy_from_sibling(layer: Any, adapter_name: str, siblings: list[str]) -> bo
 
 
 def _groups(layers: Iterable[tuple[str, Any]], adapter_name: str) -> Iterator[list[tuple[str, Any]]]:
-    """One layer at a time on a CPU; on a GPU up to `_BATCH_BYTES` of equal shape, rank and scaling together."""
-    if not torch.cuda.is_available():
-        yield from ([layer] for layer in layers)
-        return
+    """Layers of equal shape, rank and scaling together, up to `_BATCH_BYTES`; at least one."""
+    budget = _BATCH_BYTES["cuda" if torch.cuda.is_available() else "cpu"]
     by_shape: dict[tuple, list[tuple[str, Any]]] = {}
     for name, layer in layers:
         key = (layer.out_features, layer.in_features, layer.r[adapter_name], layer.scaling[adapter_name])
         by_shape.setdefault(key, []).append((name, layer))
     for (out_features, in_features, _, _), members in by_shape.items():
-        size = max(1, _BATCH_BYTES // (4 * out_features * in_features))
+        size = max(1, budget // (4 * out_features * in_features))
         yield from (members[first : first + size] for first in range(0, len(members), size))
 
 
