@@ -152,10 +152,13 @@ class AdditiveLayer:
         return delta.t() if self.fan_in_fan_out else delta
 
     def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        names = self.active_adapters if adapter_names is None else adapter_names
-        if self._kept_weight is None and not self.merged and self._exact_unmerge.intersection(names):
+        if self._exact_unmerge and not self.merged:  # whichever adapter is merged first
             self._kept_weight = _copy_storage(self.get_base_layer())
-        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)  # type: ignore[misc]
+        try:
+            super().merge(safe_merge=safe_merge, adapter_names=adapter_names)  # type: ignore[misc]
+        finally:
+            if not self.merged:
+                self._kept_weight = None
         _restore_int8_scales(self.get_base_layer())
 
     def unmerge(self: Any) -> None:

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import (
     _filter_state_dict_by_key_prefixes,
     _get_tuner_state_dict_key_prefixes,
 )
-from peft.utils.other import get_pattern_key
+from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError, WeightError
@@ -92,6 +92,25 @@ class AdditiveModel(LoraModel):
         # PEFT warns and corrects the config when it meets the other layout; the layer itself says which it is.
         lora_config.fan_in_fan_out = storage.transposed
         return additive_class(base)(target, adapter_name, config=lora_config, **kwargs)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in PEFT; but if the active adapter goes, its successor is the same on all layers.
+
+        PEFT lets each layer choose among the adapters it has left, so layers that the successor does not target
+        would silently activate a third one.
+        """
+        was_active = adapter_name in self.active_adapters
+        super().delete_adapter(adapter_name)
+        if was_active and self.active_adapters:
+            self.set_adapter(self.active_adapters)
+
+    def unload(self) -> nn.Module:
+        """The base model bit for bit. PEFT would leave the trained copies of `modules_to_save` in it."""
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, ModulesToSaveWrapper):
+                parent, _, child = name.rpartition(".")
+                setattr(self.model.get_submodule(parent), child, module.original_module)
+        return super().unload()
 
     # -- live form <-> stored form ------------------------------------------------------------------------------
 
