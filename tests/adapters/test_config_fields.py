@@ -8,6 +8,7 @@ import peft
 import pytest
 import tiny_models
 import torch
+from transformers import LlamaForCausalLM
 
 from llmreg import AdditiveConfig
 from llmreg.adapters.config import REFUSED_FIELDS, SUPPORTED_FIELDS
@@ -193,6 +194,25 @@ def check_trainable_token_indices(method):
     with model.disable_adapter():
         assert torch.equal(tiny_models.logits(model, tokens), before)
     assert torch.equal(model.unload().model.embed_tokens.weight, tiny_models.llama().model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_trainable_tokens_are_saved_and_come_back_beside_the_factors(method, tied, tmp_path):
+    tokens = torch.tensor([[1, 2, 3]])
+    tiny_models.llama(tied=tied).save_pretrained(tmp_path / "base")
+
+    def base():
+        return LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()
+
+    config = method(r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [1, 2]})
+    model = peft.get_peft_model(base(), config)
+    tiny_models.train(model, tokens)
+    trained = tiny_models.logits(model, tokens)
+    model.save_pretrained(tmp_path / "adapter")
+    restored = peft.PeftModel.from_pretrained(base(), tmp_path / "adapter")
+    assert torch.equal(tiny_models.logits(restored, tokens), trained)
+    with restored.disable_adapter():
+        assert torch.equal(tiny_models.logits(restored, tokens), tiny_models.logits(base(), tokens))
 
 
 def check_peft_type(method):
