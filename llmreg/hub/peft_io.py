@@ -324,6 +324,7 @@ def add_adapter(self: PeftModel, adapter_name: str, peft_config: PeftConfig, *ar
     """PEFT's `add_adapter`, which wants one peft type a model; here additive and plain LoRA count as one."""
     types = {self.peft_type, peft_config.peft_type}
     mixes = types == {PeftType.LORA, ADDITIVE} and isinstance(self.base_model, LoraModel)
+    mixes = mixes and adapter_name not in self.peft_config  # else PEFT refuses the name; the model stays as it is
     if mixes and isinstance(peft_config, AdditiveConfig):
         adopt(self.base_model)
     with _temporary_type(self, peft_config.peft_type) if mixes else nullcontext():

@@ -239,8 +239,3 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, set) else value
-
-
-def has_adapter(folder: Path) -> bool:
-    """Whether a folder holds a saved adapter at all."""
-    return (folder / CONFIG_NAME).is_file()

@@ -126,7 +126,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def base_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """All modules of the base model with their bare names, stepping over what adapters added."""
-    for wrapper in ("base_layer", "original_module"):
+    for wrapper in ("base_layer", "original_module", "token_adapter"):  # LoRA, modules_to_save, trainable tokens
         inner = module._modules.get(wrapper)
         if inner is not None:
             yield from base_modules(inner, prefix)
