@@ -48,6 +48,10 @@ class LinearOperator(Protocol):
         """`A` itself, `(..., m, n)`; the only method that may allocate something of that size."""
         ...
 
+    def squared_norm(self) -> Tensor | None:
+        """`||A||_F^2` of each matrix in float64, `(...)`; None where it would take more than one reading."""
+        ...
+
 
 def compute_matrix(W: Tensor, name: str = "W") -> Tensor:
     """`W` checked and in the dtype the computation runs in: float64 stays, all else becomes float32.
@@ -96,6 +100,9 @@ class MatrixOperator:
 
     def dense(self) -> Tensor:
         return self._matrix
+
+    def squared_norm(self) -> Tensor | None:
+        return torch.linalg.vector_norm(self._matrix, dim=(-2, -1)).to(torch.float64) ** 2
 
 
 class ProductOperator:
@@ -149,6 +156,9 @@ class ProductOperator:
             product = product @ factor
         return product
 
+    def squared_norm(self) -> Tensor | None:
+        return None
+
 
 class TransposedOperator:
     """`A^T` of another operator, so that the shorter side can always be the right one."""
@@ -177,6 +187,9 @@ class TransposedOperator:
 
     def dense(self) -> Tensor:
         return self._operator.dense().mT
+
+    def squared_norm(self) -> Tensor | None:
+        return self._operator.squared_norm()
 
 
 class InverseProductOperator:
@@ -216,6 +229,9 @@ class InverseProductOperator:
     def dense(self) -> Tensor:
         identity = torch.eye(self.shape[-1], dtype=self.dtype, device=self.device)
         return self.matmul(identity.expand(self.shape))
+
+    def squared_norm(self) -> Tensor | None:
+        return None
 
 
 def as_operator(A: Tensor | LinearOperator) -> LinearOperator:

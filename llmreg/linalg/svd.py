@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llmreg.errors import UnsupportedError, WeightError
-from llmreg.linalg.krylov import krylov_projection, leading_triplets, start_block, subspace_start
+from llmreg.linalg.krylov import EnergyStop, krylov_projection, leading_triplets, start_block, subspace_start
 from llmreg.linalg.operators import LinearOperator, TransposedOperator, as_operator
 from llmreg.linalg.signs import fix_signs
 from llmreg.linalg.sketch import make_generator
@@ -24,24 +24,30 @@ Method = Literal["randomized", "krylov", "subspace", "exact"]
 Triplets = tuple[Tensor, Tensor, Tensor]
 # Up to this size a full SVD costs about as much as a basis that nearly fills the matrix.
 _SMALL = 256
+_MOST_BLOCKS = 12
+_TOLERANCE = 3e-4
 _METHODS = ("randomized", "krylov", "subspace", "exact")
 
 
 class SketchPlan(NamedTuple):
-    """`width` random vectors, `power_iterations` that keep the last power, `blocks` that are all kept."""
+    """`width` random vectors, `power_iterations` that keep the last power, then `blocks` that are all kept.
+
+    With a `tolerance` the blocks end as soon as the residual is estimated to be within it of the optimum.
+    """
 
     width: int
     power_iterations: int
     blocks: int
+    tolerance: float | None = None
 
     @property
     def columns(self) -> int:
-        """Columns of the basis onto which the matrix is projected."""
+        """Columns of the basis onto which the matrix is projected, at most."""
         return self.width * self.blocks
 
     @property
     def passes(self) -> int:
-        """Multiplications by the matrix or its transpose."""
+        """Multiplications by the matrix or its transpose, at most."""
         return 2 * (self.power_iterations + self.blocks)
 
 
@@ -56,14 +62,14 @@ def plan_sketch(
 
     `subspace` is the textbook method: `rank + oversample` columns and only the last power, which makes
     the final eigenproblem small. `krylov` keeps every power; with neither argument given its blocks are
-    narrower than the rank and more of them (`rank` in 4 blocks up to 32, `rank / 2` in 6 above, at least
-    16 columns), else there are `power_iterations + 1` of them with `rank + oversample` columns.
+    about as wide as the rank up to 32, half as wide above (at least 16 columns), and as many are made as
+    the spectrum needs to bring the residual within 3e-4 of the optimum (`EnergyStop`), 12 at most; else
+    there are `power_iterations + 1` of them with `rank + oversample` columns.
     Where an argument is missing it is `max(16, rank / 2)` and 4.
     """
     if method == "krylov" and oversample is None and power_iterations is None:
-        if rank <= 32:
-            return SketchPlan(width=max(16, _round_up(rank)), power_iterations=0, blocks=4)
-        return SketchPlan(width=_round_up(-(-rank // 2)), power_iterations=0, blocks=6)
+        width = max(16, _round_up(rank if rank <= 32 else -(-rank // 2)))
+        return SketchPlan(width, power_iterations=0, blocks=_MOST_BLOCKS, tolerance=_TOLERANCE)
     width = rank + (max(16, -(-rank // 2)) if oversample is None else oversample)
     iterations = 4 if power_iterations is None else power_iterations
     if method == "krylov":
@@ -79,15 +85,18 @@ def _round_up(columns: int) -> int:
 def _fit(plan: SketchPlan, limit: int, rank: int) -> SketchPlan | None:
     """The plan for a matrix whose shorter side is `limit`; None where an exact SVD is the better choice.
 
-    Blocks that do not fit become power iterations, so that the number of passes stays. A basis must hold
-    `rank` columns and be narrower than the matrix.
+    A basis must hold `rank` columns and be narrower than the matrix. Blocks that do not fit become power
+    iterations, so that the number of passes stays; a plan that ends by its tolerance only counts on half.
     """
     if plan.columns < limit:
         return plan
     blocks = (limit - 1) // plan.width
-    if limit <= _SMALL or blocks * plan.width < rank:
+    if blocks * plan.width < rank:
         return None
-    return SketchPlan(plan.width, plan.power_iterations + plan.blocks - blocks, blocks)
+    lost = (plan.blocks if plan.tolerance is None else plan.blocks // 2) - blocks
+    if lost > 0 and limit <= _SMALL:
+        return None
+    return plan._replace(power_iterations=plan.power_iterations + max(0, lost), blocks=blocks)
 
 
 def truncated_svd(
@@ -145,7 +154,9 @@ def _randomized_svd(A: LinearOperator, rank: int, plan: SketchPlan, seed: int) -
     generator = make_generator(seed)
     V = start_block(tall, plan.width, generator)
     V = subspace_start(tall, V, plan.power_iterations, generator=generator)
-    U, S, Vh = leading_triplets(krylov_projection(tall, V, plan.blocks, generator=generator), rank)
+    stop = None if plan.tolerance is None else EnergyStop(rank, plan.tolerance, tall.squared_norm())
+    projection = krylov_projection(tall, V, plan.blocks, generator=generator, stop=stop)
+    U, S, Vh = leading_triplets(projection, rank)
     if is_wide:
         U, Vh = Vh.mT, U.mT
     U, Vh = fix_signs(U, Vh)
