@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import RecipeError
 from .schema import Recipe
-from .sources import FORMATS, columns_problem, is_local, is_pocket, load_source
+from .sources import FORMATS, columns_problem, is_local, is_pocket, kind_of, load_source
 
 __all__ = ["TrainingData", "in_format", "load_training_data", "located", "scoring_rows"]
 
@@ -179,7 +179,10 @@ def _filled(value: str, row: dict[str, Any], index: int) -> Any:
 
 
 def _check_column(rows: Any, column: str) -> None:
+    first = kind_of(rows[0][column])
     for number, value in enumerate(rows[column], start=1):
+        if value is not None and kind_of(value) != first != "nothing":
+            raise RecipeError(f"row {number}: column {column!r} holds {kind_of(value)}, but row 1 holds {first}.")
         if isinstance(value, str) and column not in ("messages", "conversations"):
             if not value and column == "text":
                 raise RecipeError(f"row {number}: column 'text' is empty; remove the row.")
@@ -189,7 +192,7 @@ def _check_column(rows: Any, column: str) -> None:
             problem = "is missing; every row needs it"
         elif not isinstance(value, list) or column == "text":
             wanted = "a list of messages" if column in ("messages", "conversations") else "text"
-            problem = f"holds {str(value)[:40]!r} ({type(value).__name__}), but must hold {wanted}"
+            problem = f"holds {kind_of(value)} ({str(value)[:40]!r}), but must hold {wanted}"
         if problem:
             raise RecipeError(f"row {number}: column {column!r} {problem}.")
 

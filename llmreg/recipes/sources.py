@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import difflib
 import json
 import re
@@ -11,7 +12,7 @@ from typing import Any
 
 from ..errors import RecipeError
 
-__all__ = ["FORMATS", "SUFFIXES", "check_name", "columns_problem", "is_local", "is_pocket", "load_source"]
+__all__ = ["FORMATS", "SUFFIXES", "check_name", "columns_problem", "is_local", "is_pocket", "kind_of", "load_source"]
 
 #: File endings that are read, and the reader of `datasets` for each.
 SUFFIXES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -109,9 +110,19 @@ def _local(path: Path, split: str) -> Any:
     try:
         if path.is_dir():
             return load_dataset(str(path), split=split)
-        return load_dataset(SUFFIXES[path.suffix], data_files=str(path), split="train")
+        options = _csv_as_text(path) if path.suffix == ".csv" else {}
+        return load_dataset(SUFFIXES[path.suffix], data_files=str(path), split="train", **options)
     except Exception as error:  # the readers raise whatever their formats raise
         raise RecipeError(_bad_row(path) or f"{path} cannot be read as data: {_cause(error)}.") from None
+
+
+def _csv_as_text(path: Path) -> dict[str, Any]:
+    """Reader options that keep every value as it stands: else " 42" becomes a number and "NA" nothing."""
+    from datasets import Features, Value
+
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        header = next(csv.reader(file), [])
+    return {"features": Features({name: Value("string") for name in header}), "keep_default_na": False}
 
 
 def _hub(name: str, split: str, config: str | None) -> Any:
@@ -148,11 +159,17 @@ def _bad_row(path: Path) -> str | None:
         for column, value in row.items():
             if value is None:
                 continue
-            kind = type(value).__name__
+            kind = kind_of(value)
             first, where = kinds.setdefault(column, (kind, number))
             if kind != first:
-                return f"{path}, row {number}: column {column!r} holds a {kind}, but row {where} holds a {first}."
+                return f"{path}, row {number}: column {column!r} holds {kind}, but row {where} holds {first}."
     return None if kinds else f"{path} has no rows; give data with at least one."
+
+
+def kind_of(value: Any) -> str:
+    """What a JSON value is, in words."""
+    words = {str: "text", list: "a list", dict: "a mapping", bool: "true or false", type(None): "nothing"}
+    return words.get(type(value), "a number")
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -34,8 +34,8 @@ def nothing_is_loaded(monkeypatch):
         (["adapter.target_modules=.*"], "lm_head cannot be a target"),
         (["adapter.r=0"], "must be a positive integer"),
         (["adapter.method=lora", "adapter.rank_pattern={q_proj: 0}"], "a rank must be a positive integer, not 0"),
-        (["adapter.lora_alpha=0"], "lora_alpha must be positive"),
-        (["adapter.lora_alpha=-1"], "lora_alpha must be positive"),
+        (["adapter.lora_alpha=0"], "lora_alpha must be a positive number"),
+        (["adapter.lora_alpha=-1"], "lora_alpha must be a positive number"),
         (["adapter.method=lora", "adapter.lora_alpha=0"], "write a positive number"),
         (["adapter.method=lora", "adapter.init_lora_weights=pissa"], "changes the base weights"),
         (["adapter.method=lora", "adapter.init_lora_weights=olora"], "changes the base weights"),
@@ -66,11 +66,11 @@ def test_a_conflict_is_refused_at_its_place(complaint, overrides, said):
 
 def test_a_missing_extra_is_named_with_its_install_command(complaint, monkeypatch):
     found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name, *rest: None if name in ("bitsandbytes", "wandb") else found(name, *rest),
-    )
+
+    def without(name, *rest):
+        return None if name in ("bitsandbytes", "wandb") else found(name, *rest)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without)
     assert "pip install 'llmreg[quant]'" in complaint("model.quantization=nf4")
     assert "pip install wandb" in complaint("training.report_to=wandb")
 
