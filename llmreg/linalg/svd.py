@@ -25,6 +25,8 @@ Triplets = tuple[Tensor, Tensor, Tensor]
 # Up to this size a full SVD costs about as much as a basis that nearly fills the matrix.
 _SMALL = 256
 _MOST_BLOCKS = 12
+# Up to this size estimating the residual costs more than the blocks it could save.
+_UNTESTED, _UNTESTED_BLOCKS = 512, 6
 _TOLERANCE = 3e-4
 _METHODS = ("randomized", "krylov", "subspace", "exact")
 
@@ -63,7 +65,8 @@ def plan_sketch(
     `subspace` is the textbook method: `rank + oversample` columns and only the last power, which makes
     the final eigenproblem small. `krylov` keeps every power; with neither argument given its blocks are
     about as wide as the rank up to 32, half as wide above (at least 16 columns), and as many are made as
-    the spectrum needs to bring the residual within 3e-4 of the optimum (`EnergyStop`), 12 at most; else
+    the spectrum needs to bring the residual within 3e-4 of the optimum (`EnergyStop`), 12 at most (a matrix
+    whose shorter side is at most 512 gets 6, without an estimate); else
     there are `power_iterations + 1` of them with `rank + oversample` columns.
     Where an argument is missing it is `max(16, rank / 2)` and 4.
     """
@@ -139,6 +142,8 @@ def truncated_svd(
         method = "krylov" if A.device.type == "cpu" else "subspace"
     if method != "exact":
         plan = plan_sketch(rank, oversample=oversample, power_iterations=power_iterations, method=method)
+        if plan.tolerance is not None and min(A.shape[-2:]) <= _UNTESTED:
+            plan = plan._replace(blocks=_UNTESTED_BLOCKS, tolerance=None)
         fitted = _fit(plan, min(A.shape[-2:]), rank)
         if fitted is not None:
             return _randomized_svd(A, rank, fitted, seed)

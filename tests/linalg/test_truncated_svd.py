@@ -160,13 +160,20 @@ def test_the_default_spends_as_many_blocks_as_the_spectrum_needs(monkeypatch):
         return projection
 
     monkeypatch.setattr("llmreg.linalg.svd.krylov_projection", recorded)
-    gaussian = torch.randn(400, 500, generator=torch.Generator().manual_seed(0))
-    for W in (matrix_with_spectrum(400, 500, power_law(400, 2.0), dtype=torch.float32), gaussian):
+    gaussian = torch.randn(600, 700, generator=torch.Generator().manual_seed(0))
+    for W in (matrix_with_spectrum(600, 700, power_law(600, 2.0), dtype=torch.float32), gaussian):
         U, S, Vh = truncated_svd(W, 16)
         assert residual(W, U, S, Vh) <= 1.0005 * optimal_residual(W, 16)
     assert columns[0] < columns[1]
     truncated_svd(torch.stack([W, gaussian]), 16)
     assert columns[2] >= columns[1]
+
+
+def test_small_matrices_reach_the_tolerance_without_estimating_the_residual():
+    for exponent in (0.1, 0.3, 0.6, 1.0):
+        W = matrix_with_spectrum(384, 512, power_law(384, exponent), dtype=torch.float32)
+        U, S, Vh = truncated_svd(W, 16)
+        assert residual(W, U, S, Vh) <= 1.0005 * optimal_residual(W, 16)
 
 
 @pytest.mark.parametrize("method", METHODS)
