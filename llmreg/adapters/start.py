@@ -1,7 +1,7 @@
 """Starting the factors of an adapter, layer by layer: from a sibling that already has them, or by decomposition.
 
 Weights are read one layer at a time (small ones, and on a GPU, a bounded batch of equal shapes), so nothing the size
-of the model is ever allocated. In a distributed run each layer is decomposed by one rank and broadcast, so all ranks hold equal factors.
+of the model is ever allocated. In a distributed run all ranks take the factors of the first.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..errors import WeightError
 from ..progress import track
 from ..weights import check_finite, gathered, read_weight
 from .config import AdditiveConfig
@@ -94,12 +95,14 @@ def _start_group(group: list[tuple[str, Any]], adapter_name: str, config: Additi
     rank, scaling = first.r[adapter_name], first.scaling[adapter_name]
     with torch.no_grad(), gathered(layer.get_base_layer() for _, layer in group):
         weights = [_read(name, layer) for name, layer in group]
-        if len(weights) == 1:
-            factors = config.start(weights[0], rank, scaling)
-            pairs: list[tuple[Tensor, Tensor]] = [(factors.A, factors.B)]
-        else:
-            factors = config.start(torch.stack(weights), rank, scaling)
-            pairs = list(zip(factors.A, factors.B, strict=True))
+        try:
+            factors = config.start(weights[0] if len(weights) == 1 else torch.stack(weights), rank, scaling)
+        except WeightError:  # most often NaN or Inf: say in which layer
+            for (name, _), weight in zip(group, weights, strict=True):
+                check_finite(weight, name)
+            raise
+    single = len(weights) == 1
+    pairs = [(factors.A, factors.B)] if single else list(zip(factors.A, factors.B, strict=True))
     for (_, layer), (A, B) in zip(group, pairs, strict=True):
         layer.set_factors(adapter_name, A, B)
         _broadcast(layer, adapter_name)
@@ -107,9 +110,7 @@ def _start_group(group: list[tuple[str, Any]], adapter_name: str, config: Additi
 
 def _read(name: str, layer: Any) -> Tensor:
     """The layer's base weight in fp32, on a GPU where there is one."""
-    weight = read_weight(layer.get_base_layer(), name=name, device="cuda" if torch.cuda.is_available() else None)
-    check_finite(weight, name)
-    return weight
+    return read_weight(layer.get_base_layer(), name=name, device="cuda" if torch.cuda.is_available() else None)
 
 
 def _broadcast(layer: Any, adapter_name: str) -> None:
