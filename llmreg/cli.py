@@ -108,7 +108,8 @@ def export(
 
 def main() -> None:
     """The console script: every mistake of the user's is one message on stderr and exit code 2, without a traceback."""
-    signal.signal(signal.SIGTERM, _terminated)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stopped)
     sys.exit(_run(sys.argv[1:]))
 
 
@@ -118,7 +119,6 @@ def _run(arguments: list[str]) -> int:
     except typer.Exit as error:
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        _complain("stopped by Ctrl-C; nothing half-written was left behind.")
         return 130
     except BrokenPipeError:  # the reader of stdout has gone, as in `llmreg methods | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -135,8 +135,9 @@ def _run(arguments: list[str]) -> int:
         raise
 
 
-def _terminated(number: int, frame: Any) -> None:
-    _complain("stopped by SIGTERM; nothing half-written was left behind.")
+def _stopped(number: int, frame: Any) -> None:
+    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    _complain(f"stopped by {name}; nothing half-written was left behind.")
     raise SystemExit(128 + number)
 
 

@@ -38,7 +38,9 @@ def test_every_additive_config_has_a_row():
 
 
 def test_an_unknown_method_names_the_nearest():
-    with pytest.raises(RecipeError, match=r"there is no method 'PISA'; did you mean 'pissa'\? Known methods: pissa, lora"):
+    with pytest.raises(
+        RecipeError, match=r"there is no method 'PISA'; did you mean 'pissa'\? Known methods: pissa, lora"
+    ):
         methods.get_method("PISA")
 
 
@@ -48,7 +50,9 @@ def installed(monkeypatch):
 
     def install(name: str, value: str) -> None:
         point = EntryPoint(name=name, value=value, group=methods.ENTRY_POINT_GROUP)
-        monkeypatch.setattr(methods, "entry_points", lambda group: [point] if group == methods.ENTRY_POINT_GROUP else [])
+        monkeypatch.setattr(
+            methods, "entry_points", lambda group: [point] if group == methods.ENTRY_POINT_GROUP else []
+        )
 
     return install
 

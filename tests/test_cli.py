@@ -1,0 +1,157 @@
+"""The command line: exit codes, one message for a mistake, JSON alone on stdout, no warning in the quickstart."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
+SHORT = ["training.max_steps=2", "evaluation.limit=8"]
+
+
+def llmreg(*arguments: str, **options) -> subprocess.CompletedProcess:
+    """Run the command line in a process of its own, with Python's default warning filters."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONWARNINGS"}
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, "-m", "llmreg", *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, **options)
+
+
+@pytest.fixture
+def cli(capsys):
+    """A function (*arguments) -> (exit code, stdout, stderr), in this process."""
+    from llmreg.cli import _run
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        code = _run([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_the_quickstart_runs_and_prints_its_report_and_no_warning(tmp_path):
+    out = tmp_path / "out"
+    done = llmreg("train", QUICKSTART, *SHORT, f"output.dir={out}")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout.startswith("pissa on pocket")
+    for words in ("pocket/word-problems", "pocket/facts", "Adapter", "peft.PeftModel.from_pretrained"):
+        assert words in done.stdout
+    assert "warn" not in done.stdout.lower()
+    assert (out / "adapter" / "adapter_config.json").is_file()
+    assert (out / "report.json").is_file()
+
+
+def test_json_is_alone_on_stdout(tmp_path):
+    done = llmreg("train", QUICKSTART, *SHORT, f"output.dir={tmp_path / 'out'}", "evaluation={}", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == json.loads((tmp_path / "out" / "report.json").read_text())
+    assert done.stderr == ""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_stops_it_cleanly(number, code, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "llmreg", "train", QUICKSTART, f"output.dir={out}", "evaluation={}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not out.exists() and time.monotonic() < deadline:  # the folder is claimed before anything is loaded
+        time.sleep(0.2)
+    time.sleep(2)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == code, stderr
+    assert stdout == ""
+    assert stderr.count("\n") == 1
+    assert "stopped by" in stderr
+    assert not out.exists()
+
+
+def test_a_mistake_is_one_message_and_exit_code_2_without_a_traceback(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: {name: pocket}\ntraning: {}\n")
+    done = llmreg("train", path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == f"llmreg: {path}:2:1: unknown key 'traning'; did you mean 'training'?\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train"], "Missing argument 'RECIPE'"),
+        (["trian", "x"], "No such command 'trian'"),
+        (["train", QUICKSTART, "--jsno"], "No such option"),
+        (["train", "nothing.yaml"], "nothing.yaml does not exist"),
+        (["validate", QUICKSTART, "max_steps"], "an override is written key=value"),
+        (["validate", QUICKSTART, "adapter.method=pisa"], "did you mean 'pissa'?"),
+        (["methods", "pisa"], "there is no method 'pisa'; did you mean 'pissa'?"),
+        (["export", "no-such-folder", "out"], "no-such-folder holds no adapter"),
+        (["export", "a", "b", "--rank", "x"], "Invalid value for '--rank'"),
+        (["export", "a"], "Missing argument 'DIR'"),
+    ],
+)
+def test_wrong_arguments_are_one_message_and_exit_code_2(cli, arguments, said):
+    code, out, err = cli(*arguments)
+    assert code == 2
+    assert out == ""
+    assert said in err
+    assert err.startswith("llmreg: ")
+    assert err.count("\n") == 1
+
+
+def test_validate_prints_the_recipe_with_its_defaults(cli, tmp_path):
+    code, out, err = cli("validate", QUICKSTART, f"output.dir={tmp_path / 'out'}")
+    assert (code, err) == (0, "")
+    assert "is valid" in out
+    (tmp_path / "again.yaml").write_text(out)
+    assert cli("validate", tmp_path / "again.yaml")[0] == 0
+    code, out, _ = cli("validate", QUICKSTART, f"output.dir={tmp_path / 'out'}", "--json")
+    assert json.loads(out)["exported_rank"] == 32
+
+
+def test_methods_are_listed_and_shown(cli):
+    code, out, _ = cli("methods")
+    assert code == 0
+    assert "pissa" in out
+    assert "lora" in out
+    code, out, _ = cli("methods", "--json")
+    assert {row["name"] for row in json.loads(out)} >= {"pissa", "lora"}
+    code, out, _ = cli("methods", "pissa")
+    for words in ("when not", "2404.02948", "recipes/quickstart.yaml", "plain LoRA of rank 2 r"):
+        assert words in out
+    assert json.loads(cli("methods", "pissa", "--json")[1])["saved_rank"] == 2
+
+
+def test_export_writes_a_lora_of_the_rank_asked_for(cli, tmp_path):
+    import peft
+    import tiny_models
+
+    from llmreg import PissaConfig
+
+    model = peft.get_peft_model(tiny_models.llama(), PissaConfig(r=4, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "adapter")
+    code, out, _ = cli(
+        "export", tmp_path / "adapter", tmp_path / "small", "--rank", "2", "--dtype", "float16", "--json"
+    )
+    assert code == 0
+    assert json.loads(out)["rank"] == 2
+    code, _, err = cli("export", tmp_path / "adapter", tmp_path / "small")
+    assert code == 2
+    assert "is not an empty folder" in err
+
+
+def test_help_names_every_command(cli):
+    _, out, _ = cli("--help")
+    for command in ("train", "validate", "methods", "export"):
+        assert command in out
