@@ -33,7 +33,7 @@ from llmreg.pocket.tokenizer import build_tokenizer
 from llmreg.pocket.unigram import unigram_perplexity
 
 LENGTH, BATCH = 64, 16
-LEARNING_RATE, WARMUP = 1e-3, 100
+LEARNING_RATE, WARMUP = 2e-3, 100
 WINDOW = 64
 SAVE_EVERY = 250
 IGNORE = -100
@@ -48,9 +48,7 @@ class Progress:
     curve: list[tuple[int, float]] = field(default_factory=list)
 
 
-def encode(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast
-) -> Iterator[tuple[list[int], list[int]]]:
+def encode(documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[list[int], list[int]]]:
     """Yield (tokens, labels) of every document, its end token included; the prompt has no label."""
     known: dict[Document, tuple[list[int], list[int]]] = {}
     for document in documents:
@@ -120,8 +118,9 @@ def train(model: LlamaForCausalLM, seed: int, tokenizer: PreTrainedTokenizerFast
     model.train()
     started, recent = time.perf_counter() - progress.seconds, []
     for step in range(progress.step, steps):
-        logits = model(input_ids=inputs[step]).logits[:, :-1].flatten(0, 1)
-        loss = torch.nn.functional.cross_entropy(logits, labels[step, :, 1:].flatten(), ignore_index=IGNORE)
+        counted = labels[step, :, 1:] != IGNORE  # logits are made for these alone: the others have no loss
+        hidden = model.model(input_ids=inputs[step]).last_hidden_state[:, :-1][counted]
+        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden), labels[step, :, 1:][counted])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -177,9 +176,7 @@ def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: i
     texts = [row["text"] for row in load_split("pocket/corpus", "test", seed)]
     train_texts = [row["text"] for row in load_split("pocket/corpus", "train", seed)]
     scores["held-out passages, perplexity"] = perplexity(model, tokenizer, texts).value
-    scores["held-out passages, perplexity of a unigram model"] = unigram_perplexity(
-        tokenizer, train_texts, texts
-    )
+    scores["held-out passages, perplexity of a unigram model"] = unigram_perplexity(tokenizer, train_texts, texts)
     return {label: round(score, 4) for label, score in scores.items()}
 
 
@@ -189,14 +186,10 @@ def processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def describe(
-    seed: int, threads: int, progress: Progress, scores: dict[str, float], parameters: int
-) -> dict[str, Any]:
+def describe(seed: int, threads: int, progress: Progress, scores: dict[str, float], parameters: int) -> dict[str, Any]:
     """Collect the numbers of the model card."""
     return {
         "world_seed": seed,
@@ -273,17 +266,13 @@ def card(facts: dict[str, Any]) -> str:
     return CARD.format(
         **facts,
         score_rows="\n".join(f"| {label} | {score} |" for label, score in facts["scores"].items()),
-        recipe_rows="\n".join(
-            f"- {name.replace('_', ' ')}: {value}" for name, value in facts["recipe"].items()
-        ),
+        recipe_rows="\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in facts["recipe"].items()),
         version_list=", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
         curve_rows="\n".join(f"| {step} | {loss} |" for step, loss in facts["loss_curve"]),
     )
 
 
-def save(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, facts: dict[str, Any], output: Path
-) -> None:
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, facts: dict[str, Any], output: Path) -> None:
     """Write weights, tokenizer, configuration and card beside `output`, then put them in its place."""
     new = output.with_name(output.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
@@ -295,9 +284,7 @@ def save(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
     ).save_pretrained(new)
     tokenizer.save_pretrained(new)
-    weights = {
-        name: p.detach().half().contiguous() for name, p in model.named_parameters()
-    }  # tied head: once
+    weights = {name: p.detach().half().contiguous() for name, p in model.named_parameters()}  # tied head: once
     save_file(weights, new / "model.safetensors", metadata={"format": "pt"})
     (new / "model.safetensors").chmod(0o644)
     (new / "README.md").write_text(card(facts), encoding="utf-8")

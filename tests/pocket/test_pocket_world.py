@@ -12,6 +12,7 @@ import pytest
 
 from llmreg import pocket
 from llmreg.errors import RecipeError
+from llmreg.pocket import arithmetic
 from llmreg.pocket.arithmetic import sums
 from llmreg.pocket.corpus import REPEATS, corpus, reading_order
 from llmreg.pocket.frozen import compute_hashes
@@ -98,6 +99,9 @@ def test_no_phrasing_occurs_twice():
     stories = [s for six in STORIES.values() for s in six]
     assert len(set(phrasings)) == 15
     assert len(set(stories)) == 12
+    sums_taught = [p for eight in arithmetic.PHRASINGS.values() for p in eight]
+    assert len(set(sums_taught)) == len(sums_taught)
+    assert not set(stories) & set(sums_taught)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
