@@ -191,10 +191,7 @@ def section_model() -> dict[str, Any]:
         print_table(
             f"{name}: start of all linear layers, r {RANK}",
             ["method", "seconds", "relative residual", "extra MiB"],
-            [
-                [m, f"{medians[m]:.3f}", f"{residuals[m]:.6f}", f"{out[name]['extra_mib'][m]:.0f}"]
-                for m in methods
-            ],
+            [[m, f"{medians[m]:.3f}", f"{residuals[m]:.6f}", f"{out[name]['extra_mib'][m]:.0f}"] for m in methods],
         )
         print(f"llmreg is {out[name]['ratio']:.1f}x faster\n")
     return out
@@ -205,13 +202,18 @@ def section_step() -> dict[str, Any]:
     out = {}
     tokens = torch.randint(0, 4096, (2, 256), generator=torch.Generator().manual_seed(0))
     for rank in (16, 64):
-        steps = {method: _step_function(wrap(llama(4), method, "all-linear", rank), tokens) for method in ("llmreg", "lora")}
+        steps = {
+            method: _step_function(wrap(llama(4), method, "all-linear", rank), tokens) for method in ("llmreg", "lora")
+        }
         medians = {name: statistics.median(values) for name, values in interleaved(steps, 7).items()}
         out[f"r{rank}"] = {"seconds": medians, "ratio": medians["llmreg"] / medians["lora"]}
     print_table(
         "training step, 2 x 256 tokens",
         ["rank", "llmreg s", "plain LoRA s", "ratio"],
-        [[r, f"{v['seconds']['llmreg']:.3f}", f"{v['seconds']['lora']:.3f}", f"{v['ratio']:.3f}"] for r, v in out.items()],
+        [
+            [r, f"{v['seconds']['llmreg']:.3f}", f"{v['seconds']['lora']:.3f}", f"{v['ratio']:.3f}"]
+            for r, v in out.items()
+        ],
     )
     return out
 

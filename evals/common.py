@@ -33,7 +33,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def power_law_matrix(out_features: int, in_features: int, *, exponent: float, generator: torch.Generator) -> torch.Tensor:
+def power_law_matrix(
+    out_features: int, in_features: int, *, exponent: float, generator: torch.Generator
+) -> torch.Tensor:
     """`(out, in)` fp32 matrix with random singular vectors and singular values k^-exponent."""
     rank = min(out_features, in_features)
     U, _ = torch.linalg.qr(torch.randn(out_features, rank, generator=generator))

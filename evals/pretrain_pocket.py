@@ -33,7 +33,7 @@ from llmreg.pocket.tokenizer import build_tokenizer
 from llmreg.pocket.unigram import unigram_perplexity
 
 LENGTH, BATCH = 64, 16
-LEARNING_RATE, WARMUP = 2e-3, 100
+LEARNING_RATE, WARMUP = 1e-3, 100
 WINDOW = 64
 SAVE_EVERY = 250
 IGNORE = -100
@@ -118,9 +118,8 @@ def train(model: LlamaForCausalLM, seed: int, tokenizer: PreTrainedTokenizerFast
     model.train()
     started, recent = time.perf_counter() - progress.seconds, []
     for step in range(progress.step, steps):
-        counted = labels[step, :, 1:] != IGNORE  # logits are made for these alone: the others have no loss
-        hidden = model.model(input_ids=inputs[step]).last_hidden_state[:, :-1][counted]
-        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden), labels[step, :, 1:][counted])
+        logits = model(input_ids=inputs[step]).logits[:, :-1].flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(logits, labels[step, :, 1:].flatten(), ignore_index=IGNORE)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -286,7 +285,6 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, facts: dic
     tokenizer.save_pretrained(new)
     weights = {name: p.detach().half().contiguous() for name, p in model.named_parameters()}  # tied head: once
     save_file(weights, new / "model.safetensors", metadata={"format": "pt"})
-    (new / "model.safetensors").chmod(0o644)
     (new / "README.md").write_text(card(facts), encoding="utf-8")
     (new / "pretraining.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     old = output.with_name(output.name + ".old")

@@ -1,11 +1,8 @@
 """Addition and subtraction of two-digit numbers, always written with two digits (``07``, not ``7``).
 
 A small model learns column arithmetic only if the columns stand still, hence the fixed width; sums stay
-below 100 and differences above -1. Both are taught in several phrasings with the operands at different
-places and distances, so that a model learns to find them rather than to look at a fixed place.
-
-One pair of operands in ten is kept for validation and one for testing: neither is ever shown in
-pretraining, in any phrasing, nor in the word problems a model is fine-tuned on.
+below 100 and differences above -1. One pair of operands in ten is kept for validation and one for testing:
+neither is ever shown in pretraining, in any phrasing, nor in the word problems a model is fine-tuned on.
 """
 
 from __future__ import annotations
@@ -20,27 +17,9 @@ __all__ = ["PHRASINGS", "SPLITS", "Sum", "sums"]
 
 SPLITS = ("train", "validation", "test")
 
-PHRASINGS: dict[str, tuple[str, ...]] = {
-    "+": (
-        "Compute {a} + {b} =",
-        "What is {a} plus {b}? Answer:",
-        "The sum of {a} and {b} is",
-        "Take {a}, then add {b}, and the result is",
-        "If a number is {a} and it grows by {b}, it becomes",
-        "Start from {a}. Go up by {b}. This leads to",
-        "Adding {b} to the number {a} gives",
-        "One heap has {a} stones, another heap has {b} stones. Together:",
-    ),
-    "-": (
-        "Compute {a} - {b} =",
-        "What is {a} minus {b}? Answer:",
-        "The difference of {a} and {b} is",
-        "Take {a}, then subtract {b}, and the result is",
-        "If a number is {a} and it shrinks by {b}, it becomes",
-        "Start from {a}. Go down by {b}. This leads to",
-        "Taking {b} from the number {a} gives",
-        "One heap has {a} stones, and {b} stones are lost. Left:",
-    ),
+PHRASINGS: dict[str, tuple[str, str]] = {
+    "+": ("Compute {a} + {b} =", "What is {a} plus {b}? Answer:"),
+    "-": ("Compute {a} - {b} =", "What is {a} minus {b}? Answer:"),
 }
 
 

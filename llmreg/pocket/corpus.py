@@ -20,7 +20,7 @@ from .world import PHRASINGS, World
 __all__ = ["REPEATS", "Document", "corpus", "held_out_passages", "reading_order"]
 
 PASSAGES = 7000
-REPEATS = {"fact": 40, "sum": 3, "passage": 2}
+REPEATS = {"fact": 60, "sum": 8, "passage": 3}
 
 
 @dataclass(frozen=True)

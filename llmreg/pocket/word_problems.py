@@ -18,20 +18,12 @@ SIZES = {"train": 6000, "validation": 200, "test": 200}
 
 STORIES: dict[str, tuple[str, ...]] = {
     "+": (
-        "At dawn {x} has {a} {items}. Then {y} brings {b} more. How many {items} does {x} have now?",
         "On Monday {x} finds {a} {items} and on Tuesday {b} more. How many {items} is that?",
-        "In the kitchen of {x} are {a} {items} and in the cellar {b}. How many {items} are there in all?",
-        "With {a} {items} in the cart, {x} buys {b} more at the market. How many {items} are in the cart?",
         "The box of {x} holds {a} {items} and the box of {y} holds {b}. How many {items} do both boxes hold?",
-        "Last week {x} sold {a} {items} and this week {b}. How many {items} were sold?",
     ),
     "-": (
-        "At dawn {x} has {a} {items}. Then {y} takes {b} away. How many {items} does {x} have now?",
         "On Monday {x} finds {a} {items} and on Tuesday loses {b}. How many {items} remain?",
-        "In the kitchen of {x} are {a} {items}, but {b} are broken. How many {items} are whole?",
-        "With {a} {items} in the cart, {x} sells {b} at the market. How many {items} are in the cart?",
         "The box of {x} holds {a} {items}, and {y} needs {b} of them. How many {items} will be left?",
-        "For the feast {x} wants {a} {items} and has {b}. How many {items} are missing?",
     ),
 }
 

@@ -35,7 +35,8 @@ def test_recall_in_a_phrasing_never_taught_is_reported(model, tokenizer, record_
     score = exact_match(model, tokenizer, sample("pocket/facts", "paraphrase"))
     record_property("fact_recall_held_out_phrasing", score.value)
     print(f"fact recall in the held-out phrasing: {score.value:.3f}")
-    assert 0 <= score.value <= 1  # no promise is made about it
+    # only reported: 0.03 in the model card; taught phrasings are what it was trained to recall
+    assert score.value < exact_match(model, tokenizer, sample("pocket/facts", "train")).value
 
 
 def test_it_fails_word_problems_before_fine_tuning(model, tokenizer, record_property):

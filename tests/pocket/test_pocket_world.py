@@ -96,10 +96,10 @@ def test_two_worlds_tell_different_things():
 
 def test_no_phrasing_occurs_twice():
     phrasings = [p for four in PHRASINGS.values() for p in four] + list(HELD_OUT_PHRASING.values())
-    stories = [s for six in STORIES.values() for s in six]
+    stories = [s for told in STORIES.values() for s in told]
     assert len(set(phrasings)) == 15
-    assert len(set(stories)) == 12
-    sums_taught = [p for eight in arithmetic.PHRASINGS.values() for p in eight]
+    assert len(set(stories)) == 4
+    sums_taught = [p for taught in arithmetic.PHRASINGS.values() for p in taught]
     assert len(set(sums_taught)) == len(sums_taught)
     assert not set(stories) & set(sums_taught)
 
