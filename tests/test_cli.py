@@ -50,11 +50,10 @@ def test_the_quickstart_runs_and_prints_its_report_and_no_warning(tmp_path):
     assert (out / "report.json").is_file()
 
 
-def test_json_is_alone_on_stdout(tmp_path):
-    done = llmreg("train", QUICKSTART, *SHORT, f"output.dir={tmp_path / 'out'}", "evaluation={}", "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == json.loads((tmp_path / "out" / "report.json").read_text())
-    assert done.stderr == ""
+def test_json_is_alone_on_stdout(cli, tmp_path):
+    code, out, err = cli("train", QUICKSTART, *SHORT, f"output.dir={tmp_path / 'out'}", "evaluation={}", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out) == json.loads((tmp_path / "out" / "report.json").read_text())
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM")
