@@ -22,7 +22,7 @@ from .layer import AdditiveLayer
 __all__ = ["start_factors"]
 
 #: Bytes of fp32 weights of equal shape that are decomposed together. On a CPU only small layers gain by it.
-_BATCH_BYTES = {"cuda": 1 << 30, "cpu": 16 << 20}
+_BATCH_BYTES = {"cuda": 1 << 30, "cpu": 4 << 20}
 
 
 def start_factors(
