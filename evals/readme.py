@@ -1,0 +1,108 @@
+"""Puts measured figures into the README: the two tables, and the picture of a quickstart run.
+
+    python evals/readme.py runs/quickstart/report.json
+
+Reads evals/results/*.json and a report; figures change nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from llmreg.files import write_text
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "evals" / "results"
+
+
+def read(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def shown(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"
+
+
+def against_peft() -> list[str]:
+    return [
+        f"| {row['question']} | {shown(row['peft'])} | {shown(row['llmreg'])} |" for row in read("against_peft")["rows"]
+    ]
+
+
+def bench_init() -> list[str]:
+    sections = read("bench_init")
+    rows = ["| | peer | llmreg | ratio |", "|---|---:|---:|---:|"]
+    entries = sections["matrix"]["result"]["entries"]
+    mine = entries["llmreg"]["seconds"]
+    for peer, label in (("svd_lowrank", "torch.svd_lowrank, niter 16"), ("full svd", "full SVD")):
+        seconds = entries[peer]["seconds"]
+        rows.append(
+            f"| 2048 x 2048, rank 64, against {label} | {seconds * 1e3:.0f} ms | {mine * 1e3:.0f} ms "
+            f"| {seconds / mine:.1f}x faster |"
+        )
+    for name, label in (("llama-1024", "Llama, hidden 1024, 8 layers"), ("minilm", "MiniLM")):
+        result = sections["model"]["result"][name]
+        seconds, extra = result["seconds"], result["extra_mib"]
+        rows.append(
+            f"| start of all linear layers, {label}, r 16, against `pissa_niter_16` | {seconds['pissa_niter_16']:.2f} s "
+            f"| {seconds['llmreg']:.2f} s | {result['ratio']:.1f}x faster |"
+        )
+        rows.append(f"| the same, extra memory | {extra['pissa_niter_16']:.0f} MiB | {extra['llmreg']:.0f} MiB | |")
+    for rank, result in sections.get("step", {}).get("result", {}).items():
+        seconds = result["seconds"]
+        rows.append(
+            f"| training step, r {rank[1:]}, against plain LoRA | {seconds['lora']:.2f} s | {seconds['llmreg']:.2f} s "
+            f"| {result['ratio']:.2f}x the time |"
+        )
+    return rows
+
+
+def fill(text: str, name: str, rows: list[str]) -> str:
+    """Replace what stands between the markers of `name`."""
+    block = f"<!-- {name} -->\n" + "\n".join(rows) + f"\n<!-- end {name} -->"
+    pattern = rf"<!-- {name} -->.*?<!-- end {name} -->"
+    return re.sub(pattern, lambda _: block, text, count=1, flags=re.DOTALL)
+
+
+def picture(report: dict[str, Any], path: Path) -> None:
+    """Training loss beside the scores before and after."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), width_ratios=(3, 2), layout="constrained")
+    left.plot(
+        [point["step"] for point in report["losses"]], [point["loss"] for point in report["losses"]], color="#3b6fb6"
+    )
+    left.set(
+        xlabel="step", ylabel="training loss", title=f"{report['method']} on {report['model']}, seed {report['seed']}"
+    )
+    scores = [m for m in report["measurements"] if "exact" in m["metric"]]
+    for place, score in enumerate(scores):
+        for offset, key, colour in ((-0.2, "before", "#b8b8b8"), (0.2, "after", "#3b6fb6")):
+            bar = right.bar(place + offset, 100 * score[key], 0.38, color=colour, label=key if place == 0 else None)
+            right.bar_label(bar, fmt="%.0f %%")
+    right.set(ylim=(0, 115), ylabel="exact match, %", title="task learned, facts forgotten")
+    right.set_xticks(range(len(scores)), [score["name"].removeprefix("pocket/") for score in scores])
+    right.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    text = fill(readme.read_text(), "against_peft", against_peft())
+    write_text(readme, fill(text, "bench_init", bench_init()))
+    if len(sys.argv) > 1:
+        picture(json.loads(Path(sys.argv[1]).read_text()), ROOT / "docs" / "quickstart.png")
+
+
+if __name__ == "__main__":
+    main()
