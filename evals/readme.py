@@ -33,9 +33,9 @@ def shown(value: float | str) -> str:
 
 
 def against_peft() -> list[str]:
-    return [
-        f"| {row['question']} | {shown(row['peft'])} | {shown(row['llmreg'])} |" for row in read("against_peft")["rows"]
-    ]
+    header = ["| | PEFT `pissa_niter_16` | llmreg |", "|---|---:|---:|"]
+    rows = read("against_peft")["rows"]
+    return header + [f"| {row['question']} | {shown(row['peft'])} | {shown(row['llmreg'])} |" for row in rows]
 
 
 def bench_init() -> list[str]:
@@ -53,7 +53,7 @@ def bench_init() -> list[str]:
         result = sections["model"]["result"][name]
         seconds, extra = result["seconds"], result["extra_mib"]
         rows.append(
-            f"| start of all linear layers, {label}, r 16, against `pissa_niter_16` | {seconds['pissa_niter_16']:.2f} s "
+            f"| start of all linears, {label}, r 16, against `pissa_niter_16` | {seconds['pissa_niter_16']:.2f} s "
             f"| {seconds['llmreg']:.2f} s | {result['ratio']:.1f}x faster |"
         )
         rows.append(f"| the same, extra memory | {extra['pissa_niter_16']:.0f} MiB | {extra['llmreg']:.0f} MiB | |")
