@@ -82,7 +82,7 @@ def test_the_adapter_loads_with_plain_peft_without_llmreg(quickstart, run_python
     with torch.no_grad():
         here = model(input_ids=torch.arange(1, 13).reshape(1, 12)).logits
     there = torch.load(tmp_path / "logits.pt", weights_only=True)
-    assert (here - there).norm() <= 1e-5 * here.norm()
+    assert (here - there).norm() <= 1e-6 * here.norm()
 
 
 def test_the_same_recipe_gives_the_same_adapter(quickstart, tmp_path):
@@ -203,4 +203,4 @@ def test_gsm8k_recipe_on_a_real_model_and_real_data_lowers_the_heldout_loss(real
     with torch.no_grad():
         here = model(input_ids=torch.arange(1, 13).reshape(1, 12)).logits
     there = torch.load(tmp_path / "logits.pt", weights_only=True)
-    assert (here - there).norm() <= 1e-5 * here.norm()
+    assert (here - there).norm() <= 1e-6 * here.norm()
