@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from llmreg.hub.sidecar import library_versions
+from llmreg.versions import library_versions
 
 __all__ = ["machine", "power_law_matrix", "print_table"]
 

@@ -6,16 +6,11 @@ import os
 import platform
 import sys
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from .measure import Measurement
 
-__all__ = ["Report", "library_versions", "machine", "peak_memory_mib"]
-
-_LIBRARIES = (
-    "llmreg torch transformers peft trl accelerate datasets tokenizers safetensors bitsandbytes numpy pydantic".split()
-)
+__all__ = ["Report", "machine", "peak_memory_mib"]
 
 
 @dataclass(frozen=True)
@@ -115,17 +110,6 @@ def _cells(row: Measurement) -> tuple[str, str, str, str]:
 
 def _size(size: int) -> str:
     return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
-
-
-def library_versions() -> dict[str, str]:
-    """Installed versions of what decides a run's numbers, and Python's."""
-    versions = {"python": platform.python_version()}
-    for name in _LIBRARIES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return versions
 
 
 def machine() -> dict[str, Any]:

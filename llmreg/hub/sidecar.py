@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,13 @@ from torch import Tensor
 from ..adapters.config import AdditiveConfig
 from ..errors import AdapterFileError, BaseMismatchError, LlmregError
 from ..files import file_digest, write_json
+from ..versions import library_versions
 
 __all__ = [
     "FACTORS_NAME",
     "SIDECAR_NAME",
     "BaseRecord",
     "Sidecar",
-    "library_versions",
     "read_sidecar",
     "start_hash",
 ]
@@ -41,7 +40,6 @@ FORMAT = 1
 _DECIDED_AT_LOAD = ("peft_type", "auto_mapping", "inference_mode")
 #: What the sidecar's config and the plain LoRA's must agree on, or the two would compute different functions.
 _SCALING_FIELDS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
-_LIBRARIES = ("llmreg", "torch", "transformers", "peft", "trl", "safetensors", "bitsandbytes")
 
 
 @dataclass(frozen=True)
@@ -159,17 +157,6 @@ def start_hash(factors: dict[str, Tensor]) -> str:
             digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.view(torch.uint8).numpy().data if value.numel() else b"")
     return digest.hexdigest()
-
-
-def library_versions() -> dict[str, str]:
-    """Installed versions of the libraries that decide an adapter's numbers."""
-    versions = {}
-    for name in _LIBRARIES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return versions
 
 
 def write_sidecar(folder: Path, config: AdditiveConfig, factors: dict[str, Tensor], base: BaseRecord) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 
 from ..errors import LlmregError
 from ..evaluation.measure import Measurement, Suite, measure
-from ..evaluation.report import Report, library_versions, machine, peak_memory_mib
+from ..evaluation.report import Report, machine, peak_memory_mib
 from ..files import commit_folder, staged_folder, write_json, write_text
+from ..versions import library_versions
 from .base_model import load_base
 from .data import TrainingData, load_training_data, located, scoring_rows
 from .load import dump_recipe

@@ -9,25 +9,23 @@ processes writing at once one forgets its entry.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
-import tempfile
 import time
 from pathlib import Path
 
 from llmreg.errors import WeightError
+from llmreg.files import file_digest, write_text
 
-__all__ = ["file_digest"]
+__all__ = ["cached_file_digest"]
 
-_CHUNK = 1 << 22
 _MOST_ENTRIES = 4096
 _SETTLED = 2.0  # seconds: a file changed more recently could change again within one clock tick
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
-def file_digest(path: str | Path) -> str:
+def cached_file_digest(path: str | Path) -> str:
     """sha256 (hex) of a file, streamed, from the cache where the file is unchanged.
 
     Raises:
@@ -39,7 +37,7 @@ def file_digest(path: str | Path) -> str:
         cached = _load().get(key)
         if cached is not None:
             return cached
-        digest = _stream(real)
+        digest = file_digest(real)
         if _key(real) != key:
             raise WeightError(f"{path} changed while it was being hashed; wait until it is written")
         settled = time.time() - real.stat().st_mtime > _SETTLED
@@ -61,14 +59,6 @@ def _key(real: Path) -> str:
     return f"{real}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}"
 
 
-def _stream(real: Path) -> str:
-    digest = hashlib.sha256()
-    with real.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _load() -> dict[str, str]:
     try:
         entries = json.loads(cache_file().read_text(encoding="utf-8"))
@@ -81,18 +71,6 @@ def _load() -> dict[str, str]:
 
 def _remember(key: str, digest: str) -> None:
     """Add one entry, newest last; what others wrote meanwhile is kept."""
-    temporary = None
-    try:
-        target = cache_file()
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError, RuntimeError):
         entries = list(_load().items())[-(_MOST_ENTRIES - 1) :]
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=target.parent, prefix=".digests-", suffix=".tmp", delete=False
-        ) as file:
-            temporary = file.name
-            json.dump({**dict(entries), key: digest}, file, indent=0)
-        os.replace(temporary, target)
-    except (OSError, RuntimeError):
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+        write_text(cache_file(), json.dumps({**dict(entries), key: digest}, indent=0))

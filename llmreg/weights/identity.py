@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import nn
 
 from llmreg.errors import WeightError
-from llmreg.weights.digests import file_digest
+from llmreg.weights.digests import cached_file_digest
 from llmreg.weights.hashing import memory_digest, unwrapped
 from llmreg.weights.source import weight_files
 
@@ -120,5 +120,5 @@ def _cached_snapshot(repo_id: str, revision: str | None) -> Path | None:
 
 
 def _combined(files: list[Path]) -> str:
-    digests = sorted(file_digest(file) for file in files)
+    digests = sorted(cached_file_digest(file) for file in files)
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()

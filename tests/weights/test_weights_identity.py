@@ -175,41 +175,41 @@ def old_file(path: Path, content: bytes) -> Path:
 def test_an_unchanged_file_is_hashed_once_and_a_changed_one_again(tmp_path, monkeypatch):
     file = old_file(tmp_path / "w.bin", b"a" * 1000)
     hashed = []
-    stream = digests._stream
-    monkeypatch.setattr(digests, "_stream", lambda path: hashed.append(path) or stream(path))
-    first = digests.file_digest(file)
-    assert digests.file_digest(file) == first
+    stream = digests.file_digest
+    monkeypatch.setattr(digests, "file_digest", lambda path: hashed.append(path) or stream(path))
+    first = digests.cached_file_digest(file)
+    assert digests.cached_file_digest(file) == first
     assert len(hashed) == 1
     # The same size and modification time, as after `cp -p`: the status-change time tells.
     old_file(file, b"b" * 1000)
-    assert digests.file_digest(file) != first
+    assert digests.cached_file_digest(file) != first
 
 
 def test_a_file_written_just_now_is_not_remembered(tmp_path):
     (tmp_path / "w.bin").write_bytes(b"a")
-    digests.file_digest(tmp_path / "w.bin")
+    digests.cached_file_digest(tmp_path / "w.bin")
     assert not digests.cache_file().exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b'{"x": 3}', b"null", b"[" * 99999], ids=repr)
 def test_a_damaged_cache_costs_only_time(tmp_path, content):
     file = old_file(tmp_path / "w.bin", b"a")
-    expected = digests.file_digest(file)
+    expected = digests.cached_file_digest(file)
     digests.cache_file().write_bytes(content)
-    assert digests.file_digest(file) == expected
+    assert digests.cached_file_digest(file) == expected
     assert list(json.loads(digests.cache_file().read_text()).values()) == [expected]
 
 
 def test_an_unwritable_cache_costs_only_time(tmp_path, monkeypatch):
     (tmp_path / "a-file").write_text("")
     monkeypatch.setenv("LLMREG_CACHE", str(tmp_path / "a-file" / "below"))
-    assert len(digests.file_digest(old_file(tmp_path / "w.bin", b"a"))) == 64
+    assert len(digests.cached_file_digest(old_file(tmp_path / "w.bin", b"a"))) == 64
 
 
 def test_the_cache_does_not_grow_without_end(tmp_path, monkeypatch):
     monkeypatch.setattr(digests, "_MOST_ENTRIES", 5)
     for number in range(9):
-        last = digests.file_digest(old_file(tmp_path / f"{number}.bin", bytes([number])))
+        last = digests.cached_file_digest(old_file(tmp_path / f"{number}.bin", bytes([number])))
     entries = json.loads(digests.cache_file().read_text())
     assert len(entries) == 5
     assert list(entries.values())[-1] == last
@@ -224,12 +224,12 @@ def test_processes_writing_the_cache_at_once_leave_it_whole(tmp_path, run_python
         "sys.modules['llmreg.weights'] = room = type(sys)('llmreg.weights')\n"
         "room.__path__ = ['llmreg/weights']\n"  # without importing torch
         "from llmreg.weights import digests\n"
-        "for file in sorted(pathlib.Path(sys.argv[1]).glob('*.bin')): digests.file_digest(file)\n"
+        "for file in sorted(pathlib.Path(sys.argv[1]).glob('*.bin')): digests.cached_file_digest(file)\n"
     )
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda _: run_python(code, str(tmp_path)), range(2)))
     entries = json.loads(digests.cache_file().read_text())
     assert len(entries) > 20
     for key, value in entries.items():
-        assert value == digests._stream(Path(key.split("|")[0]))
+        assert value == digests.file_digest(Path(key.split("|")[0]))
     assert not list(digests.cache_file().parent.glob("*.tmp"))
