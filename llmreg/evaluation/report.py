@@ -32,6 +32,9 @@ class Report:
         adapter: its folder. export: None, or {"path", "rank", "dtype", "relative_error"}.
         load: two lines of Python that load the adapter.
         versions, machine: of the libraries, and of what it ran on.
+        regularizers: None, or {name: [[step, value], ...]} as they were logged.
+        singular_values: None, or {layer: [values, largest first]} of the adapted weights.
+        recipe: None, or the whole recipe as YAML.
     """
 
     method: str
@@ -54,6 +57,9 @@ class Report:
     load: tuple[str, ...]
     versions: dict[str, str] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
+    regularizers: dict[str, list[list[float]]] | None = None
+    singular_values: dict[str, list[float]] | None = None
+    recipe: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain values."""
