@@ -194,7 +194,7 @@ def nasty_report() -> dict:
         measurements=(
             Measurement(NASTY, "exact match", "task", 1, 0.0, 1.0),
             Measurement(LONG, "perplexity", "forgetting", 1, 2.0, 300.0),
-            Measurement("kind", NASTY, "forgetting", 1, 0.0, 1.0),
+            Measurement("kind", NASTY, "forgetting", 1, 0.5, 1.0),
         ),
         regularizers={NASTY: [[0, 1.0], [1, 2.0]], LONG: [[0, 1e-9], [1, 2e5]]},
         adapter=NASTY + LONG,
