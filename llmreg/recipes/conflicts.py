@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..hub.serving import VLLM_RANKS, served_rank
 from ..methods import Method
 from .schema import Recipe
 from .sources import check_name, columns_problem
@@ -20,9 +21,6 @@ __all__ = [
     "check_training",
     "served_rank",
 ]
-
-#: What vLLM takes as `--max-lora-rank`; an adapter needs one that is at least its rank.
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 _AT_LEAST_ONE = "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps max_length".split()
 _NOT_NEGATIVE = "learning_rate weight_decay max_grad_norm warmup_steps dataloader_num_workers adam_epsilon".split()
@@ -56,11 +54,6 @@ def check_adapter(recipe: Recipe, method: Method, config: Any) -> int:
     if recipe.output.serve == "vllm":
         _check_vllm(recipe, method, config, exported)
     return exported
-
-
-def served_rank(rank: int) -> int | None:
-    """The smallest `--max-lora-rank` of vLLM that holds `rank`, or None."""
-    return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
 
 
 def _check_vllm(recipe: Recipe, method: Method, config: Any, exported: int) -> None:
