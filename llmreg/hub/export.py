@@ -23,6 +23,9 @@ from torch import Tensor
 
 from ..errors import AdapterFileError, RecipeError
 from ..files import commit_folder, staged_folder, write_text
+from .card import model_card
+from .card_facts import license_of_base
+from .sidecar import read_sidecar
 
 __all__ = ["ExportReport", "export_lora", "recompress"]
 
@@ -102,7 +105,7 @@ def export_lora(
     with staged_folder(dst) as staging:
         save_file(tensors, staging / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(staging))
-        write_text(staging / "README.md", _card(config, report))
+        write_text(staging / "README.md", _card(src, config, report))
         commit_folder(staging, dst, marker=CONFIG_NAME)
     return report
 
@@ -200,14 +203,18 @@ def _report(config: LoraConfig, tensors: dict[str, Tensor], errors: dict[str, tu
     )
 
 
-def _card(config: LoraConfig, report: ExportReport) -> str:
-    base = config.base_model_name_or_path
-    known = base if base and not base.startswith(("/", ".", "~")) and not Path(base).exists() else None
-    header = f"---\nlibrary_name: peft\ntags:\n- lora\n{f'base_model: {known}' if known else ''}\n---\n".replace(
-        "\n\n", "\n"
-    )
-    return (
-        f"{header}\nA LoRA adapter of rank {report.rank} in {report.dtype}, exported by llmreg.\n\n"
-        f"Relative error of the recompression (Frobenius, all layers): {report.relative_error:.3e}.\n\n"
-        "Load it with `peft.PeftModel.from_pretrained(base, this_folder)`; nothing else is needed.\n"
+def _card(src: Path, config: LoraConfig, report: ExportReport) -> str:
+    """The exported adapter's card; the method and the hashes come from the sidecar of what was exported."""
+    try:
+        sidecar = read_sidecar(src)
+    except AdapterFileError:  # only the card needs it: the export stands without
+        sidecar = None
+    settings = {**config.to_dict(), "peft_type": "LORA"}
+    return model_card(
+        settings,
+        sidecar=sidecar,
+        report={"export": {"rank": report.rank, "dtype": report.dtype}},
+        license=license_of_base(settings, sidecar, online=False),
+        relative_error=report.relative_error,
+        exported=True,
     )
