@@ -85,7 +85,9 @@ def push(
     if not dry_run:
         message = neutral_text(commit_message or f"Upload {_title(folder)} with llmreg")
         try:
-            private, url = _upload(HfApi(token=token), repo_id, files, private, revision, message, create_pr)
+            api = HfApi(token=token)
+            repo_id = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
+            private, url = _upload(api, repo_id, files, private, revision, message, create_pr)
         except LlmregError:
             raise
         except Exception as error:  # whatever HTTP libraries and storage back ends raise

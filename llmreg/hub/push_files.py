@@ -112,12 +112,13 @@ def contents(folder: Path, *, online: bool) -> dict[str, bytes | Path]:
 def _public_config(config: Mapping[str, Any], sidecar: Sidecar | None) -> dict[str, Any]:
     """The config with the base's Hub id or nothing, and without other files of this machine."""
     base = hub_id(sidecar.base.name if sidecar and sidecar.base.source else config.get("base_model_name_or_path"))
-    public = {key: _without_local(value) for key, value in config.items()}
+    modules = ("target_modules", "exclude_modules", "layers_pattern")  # regular expressions, never paths
+    public = {key: value if key in modules else _without_local(value) for key, value in config.items()}
     return {**public, "base_model_name_or_path": base}
 
 
 def _without_local(value: Any) -> Any:
-    """None for text that is, as a whole, a local path or a secret; regular expressions of module names stay."""
+    """None for text that is, as a whole or in part, a local path or a secret."""
     if isinstance(value, Mapping):
         return {key: _without_local(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -143,6 +144,8 @@ def _edited(path: Path, public: Mapping[str, Any], original: Mapping[str, Any]) 
 
 
 def _json(value: Any) -> bytes:
+    """`value` as JSON; NaN and infinity, which JSON does not have, become null."""
+    value = json.loads(json.dumps(value), parse_constant=lambda _: None)
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 

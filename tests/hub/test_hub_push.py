@@ -103,6 +103,8 @@ class LoopbackHub:
         if path == "/api/validate-yaml":
             bad = "never-valid" in asked[0]["content"]
             return (400, {"errors": [{"message": "never-valid is wrong"}]}) if bad else (200, {"warnings": []})
+        if path == "/api/whoami-v2":
+            return 200, {"name": "me", "type": "user"}
         if path == "/api/repos/create":
             name = "/".join(filter(None, (asked[0].get("organization") or "me", asked[0]["name"])))
             if name in self.repos:
@@ -217,6 +219,32 @@ def test_what_arrives_loads_as_what_was_saved(hub, adapter, tmp_path):
 def test_the_repository_is_private_unless_said_otherwise(hub, adapter, private):
     assert push(adapter, "me/adapter", token=TOKEN, **({} if private else {"private": False})).private is private
     assert hub.repos["me/adapter"]["visibility"] == ("private" if private else "public")
+
+
+def test_a_name_alone_is_a_repository_of_ones_own(hub, adapter):
+    for _ in range(2):  # made, and found again
+        assert push(adapter, "adapter", token=TOKEN).repo_id == "me/adapter"
+    assert set(hub.repos) == {"me/adapter"}
+    assert hub.commits[-1]["path"] == "/api/models/me/adapter/commit/main"
+
+
+def test_a_score_that_is_no_number_arrives_as_null(hub, adapter, run):
+    rows = [{**ROW, "before": float("nan"), "after": float("inf")}]
+    (run / "report.json").write_text(json.dumps({**REPORT, "measurements": rows}))
+    push(adapter, "me/adapter", token=TOKEN)
+    arrived = json.loads(hub.files["report.json"], parse_constant=lambda word: pytest.fail(word))
+    assert arrived["measurements"][0]["before"] is None
+
+
+def test_a_regular_expression_of_modules_arrives_as_it_is(hub, adapter):
+    for name in ("llmreg.json", "llmreg_factors.safetensors"):
+        (adapter / name).unlink()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config |= {"target_modules": r".*/x/y\\z\(q|v)_proj", "revision": "/home/somebody/x"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    push(adapter, "me/adapter", token=TOKEN)
+    arrived = json.loads(hub.files["adapter_config.json"])
+    assert (arrived["target_modules"], arrived["revision"]) == (config["target_modules"], None)
 
 
 def test_the_output_folder_of_a_run_means_its_adapter(hub, run):
@@ -496,17 +524,20 @@ def test_a_token_that_may_write_but_not_create_is_enough(hub, adapter):
 
 
 @pytest.mark.parametrize(
-    ("status", "advice"),
+    ("part", "status", "advice"),
     [
-        (401, "hf auth login"),
-        (403, "write access"),
-        (404, "check the id"),
-        (409, "push again"),
-        (413, "files of this size"),
-        (500, "push again later"),
+        ("/commit/", 401, "hf auth login"),
+        ("/commit/", 403, "write access"),
+        ("/commit/", 404, "check the id"),
+        ("/commit/", 409, "push again"),
+        ("/commit/", 500, "push again later"),
+        ("/lfs/", 413, "files of this size"),
+        ("/lfs/", 500, "push again later"),
+        ("/objects/batch", 403, "write access"),
+        ("/preupload/", 404, "check the id"),
+        ("/preupload/", 500, "push again later"),
     ],
 )
-@pytest.mark.parametrize("part", ["/preupload/", "/objects/batch", "/lfs/", "/commit/"])
 def test_what_the_hub_refuses_is_one_sentence_with_what_to_do(hub, adapter, part, status, advice):
     hub.failing[part] = (status, f"said by the server about {TOKEN}")
     with pytest.raises(PushError) as caught:
