@@ -117,6 +117,22 @@ def test_modules_to_save_replace_the_bases(base, tmp_path, tokens):
     assert (report.merged, report.replaced) == (8, 6)  # every norm
 
 
+def test_a_hub_id_is_read_from_the_cache(base, tmp_path, monkeypatch):
+    """Offline, and through the links that the cache is made of; they arrive as files."""
+    repository, commit = tmp_path / "models--some-org--tiny", "c" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    for name in saved.files(base):
+        (snapshot / name).symlink_to(base / name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    report = merge(lora(base, tmp_path / "lora"), tmp_path / "merged", base="some-org/tiny", check=False)
+    assert report.base == "some-org/tiny"
+    assert not any(path.is_symlink() for path in (tmp_path / "merged").iterdir())
+    assert "base_model: some-org/tiny" in (tmp_path / "merged" / "README.md").read_text()
+
+
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 def test_an_adapted_head_of_its_own_is_merged(base, tmp_path, tokens):
     adapter = lora(base, tmp_path / "lora", target_modules=["lm_head", "q_proj"])
