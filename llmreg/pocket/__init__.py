@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from .frozen import frozen_hashes
 from .model import load_model, load_tokenizer, path
+from .preferences import is_preferred
 from .tasks import TASKS, Task, load_split
 from .world import Fact, World
 
@@ -23,6 +24,7 @@ __all__ = [
     "Task",
     "World",
     "frozen_hashes",
+    "is_preferred",
     "load_model",
     "load_split",
     "load_tokenizer",

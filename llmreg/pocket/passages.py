@@ -9,16 +9,16 @@ from __future__ import annotations
 from .seeded import Dice
 from .vocabulary import CHARACTERS, DAYS, ITEMS, LOOKS, MANNERS, PLACES, QUALITIES, THINGS, TIMES, WEATHER
 
-__all__ = ["passage", "passages"]
+__all__ = ["LASTS", "OPENINGS", "SECONDS", "THIRDS", "passage", "passages", "story_words"]
 
-_OPENINGS = (
+OPENINGS = (
     "{time} the {kind} {who} walked to the {place} with a {look} {thing}.",
     "{time} a {kind} {who} found a {look} {thing} near the {place}.",
     "There was once a {kind} {who} who kept a {look} {thing} by the {place}.",
     "{time} the {kind} {who} lost a {look} {thing} on the way to the {place}.",
     "{time} somebody left a {look} {thing} at the {place}, and a {kind} {who} saw it.",
 )
-_SECONDS = (
+SECONDS = (
     "{weather}, and {he} was {kind2}.",
     "{weather}, so the {place} was {feel} and empty.",
     "{weather}, but the {who} did not mind.",
@@ -27,7 +27,7 @@ _SECONDS = (
     "There were {items} and {items2} in the kitchen, but {he} was {kind2}.",
     "{He} looked at the {thing} for a long time, because {he} was {kind2}.",
 )
-_THIRDS = (
+THIRDS = (
     'A neighbour asked, "Is this your {thing}?" and the {who} said {yes}.',
     "{He} put the {thing} under a tree and slept until noon.",
     "{He} wanted to sell the {thing}, but it was too {look} for the people there.",
@@ -37,7 +37,7 @@ _THIRDS = (
     "On {day} {he} brought {items} for the feast and took the {thing} away.",
     "{He} gave the {thing} to a friend who lived near the {place2}.",
 )
-_LASTS = (
+LASTS = (
     "{after}, and the {who} went home {how}.",
     "{after}, and the {thing} was never seen again.",
     "From that day the {who} came to the {place} every week.",
@@ -46,14 +46,14 @@ _LASTS = (
 )
 
 
-def passage(dice: Dice) -> str:
-    """Write one passage of four sentences, about 45 words."""
+def story_words(dice: Dice) -> dict[str, str]:
+    """Draw the words of one story: a value for every name in braces of the four groups of sentences."""
     who, he = dice.pick(CHARACTERS)
     place, place2 = dice.shuffled(PLACES)[:2]
     weather, feel, after = WEATHER[dice.pick(tuple(WEATHER))]
     kind, kind2 = dice.shuffled(QUALITIES)[:2]
     items, items2 = dice.shuffled(ITEMS)[:2]
-    words = {
+    return {
         "items": items,
         "items2": items2,
         "day": dice.pick(DAYS),
@@ -74,7 +74,12 @@ def passage(dice: Dice) -> str:
         "yes": dice.pick(("yes", "no", "nothing")),
         "how": dice.pick(MANNERS),
     }
-    return " ".join(dice.pick(part) for part in (_OPENINGS, _SECONDS, _THIRDS, _LASTS)).format(**words)
+
+
+def passage(dice: Dice) -> str:
+    """Write one passage of four sentences, about 45 words."""
+    words = story_words(dice)
+    return " ".join(dice.pick(part) for part in (OPENINGS, SECONDS, THIRDS, LASTS)).format(**words)
 
 
 def passages(seed: int, split: str, count: int, avoid: frozenset[str] = frozenset()) -> list[str]:

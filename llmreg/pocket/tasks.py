@@ -1,8 +1,7 @@
 """The tasks of the pocket world, by name, as ordinary lists of rows.
 
 A task is a description, its columns, and one function per split that makes its rows from a world's seed. A
-new task (preference pairs, classification, fact edits) is one module that writes rows and one entry in
-`TASKS`.
+new task is one module that writes rows and one entry in `TASKS`.
 """
 
 from __future__ import annotations
@@ -10,18 +9,21 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from llmreg.errors import RecipeError
 
-from . import arithmetic
+from . import arithmetic, classification
 from .corpus import corpus, held_out_passages
+from .preferences import preferences
 from .seeded import Dice
 from .word_problems import word_problems
 from .world import HELD_OUT_PHRASING, PHRASINGS, World
 
 __all__ = ["TASKS", "Row", "Task", "load_split"]
 
-Row = dict[str, str]
+Row = dict[str, Any]
+"""Strings by column; the column ``label`` has an integer."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,14 @@ class Task:
         description: what it asks, in one sentence.
         columns: the columns of every row of every split.
         makers: for each split, the function that makes its rows from the world's seed.
+        classes: names of the labels 0, 1, ... of a classification task; empty for the others.
     """
 
     name: str
     description: str
     columns: tuple[str, ...]
     makers: Mapping[str, Callable[[int], list[Row]]]
+    classes: tuple[str, ...] = ()
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -114,6 +118,14 @@ def _problems(split: str) -> Callable[[int], list[Row]]:
     return lambda seed: word_problems(World(seed), split)
 
 
+def _preferences(split: str) -> Callable[[int], list[Row]]:
+    return lambda seed: preferences(seed, split)
+
+
+def _stories(split: str) -> Callable[[int], list[Row]]:
+    return lambda seed: classification.stories(seed, split)
+
+
 def _passages_taught(seed: int) -> list[Row]:
     return [{"text": d.text} for d in corpus(seed) if d.kind == "passage"]
 
@@ -162,6 +174,21 @@ TASKS: dict[str, Task] = {
             "everything it has read (facts, sums, passages).",
             ("text",),
             {"train": _passages_taught, "test": _passages_held_out, "pretraining": _pretraining_sample},
+        ),
+        Task(
+            "pocket/preferences",
+            "Pairs of endings of a story, both true to it, for DPO: the one in which somebody goes home singing is "
+            "preferred, and `is_preferred` recognises it.",
+            ("prompt", "chosen", "rejected"),
+            {split: _preferences(split) for split in arithmetic.SPLITS},
+        ),
+        Task(
+            "pocket/classification",
+            "Stories that end as expected (80 %), with a turn (15 %) or in a strange mood (5 %): beginning and end "
+            "have to be read together.",
+            ("text", "label"),
+            {split: _stories(split) for split in arithmetic.SPLITS},
+            classes=classification.CLASSES,
         ),
     )
 }

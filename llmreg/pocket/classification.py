@@ -1,0 +1,61 @@
+"""Stories in three classes of very unequal size: as expected, with a turn of fate, in a strange mood.
+
+In a story somebody loses a thing or finds one; the end tells what became of it and how the character felt.
+What was lost is expected to stay lost and what was found to be kept, and people go home alone without the thing
+and singing with it. Most stories (80 %) go that way; in 15 % fate turns, in 5 % the mood does not fit. Every
+beginning, every fate and every mood makes up half of each class: no word says anything about the class, only two
+places of a text read together do. All words are ordinary English, so an encoder that has never seen the pocket
+world can be trained on it as well.
+"""
+
+from __future__ import annotations
+
+from .passages import SECONDS, story_words
+from .seeded import Dice
+
+__all__ = ["CLASSES", "SIZES", "stories"]
+
+CLASSES = ("expected", "turn", "mood")
+"""Names of the labels 0, 1 and 2."""
+
+SIZES = {"train": (1600, 300, 100), "validation": (320, 60, 20), "test": (320, 60, 20)}
+"""Rows of each class in each split."""
+
+_BEGINNINGS = {
+    "lost": "{time} the {kind} {who} lost a {look} {thing} on the way to the {place}.",
+    "found": "{time} a {kind} {who} found a {look} {thing} near the {place}.",
+}
+_FATES = {
+    "gone": "{after}, but the {thing} was never seen again,",
+    "kept": "{after}, and in the end {he} kept the {thing},",
+}
+_MOODS = {"alone": "and the {who} went home alone.", "singing": "and the {who} went home singing."}
+_PLOTS = {
+    "expected": (("lost", "gone", "alone"), ("found", "kept", "singing")),
+    "turn": (("lost", "kept", "singing"), ("found", "gone", "alone")),
+    "mood": (("lost", "gone", "singing"), ("found", "kept", "alone")),
+}
+_SECONDS = tuple(second for second in SECONDS if "{weather}" in second)
+
+
+def stories(seed: int, split: str) -> list[dict[str, str | int]]:
+    """Return the rows of `split` as ``{"text", "label"}`` in random order; no text occurs twice in a world."""
+    dice = Dice("classification", seed)
+    rows: dict[str, list[dict[str, str | int]]] = {}
+    seen: set[str] = set()
+    for name, sizes in SIZES.items():
+        rows[name] = []
+        for label, size in enumerate(sizes):
+            for _ in range(size):
+                while (text := _story(dice, CLASSES[label])) in seen:
+                    pass
+                seen.add(text)
+                rows[name].append({"text": text, "label": label})
+        rows[name] = dice.shuffled(rows[name])
+    return rows[split]
+
+
+def _story(dice: Dice, label: str) -> str:
+    beginning, fate, mood = dice.pick(_PLOTS[label])
+    parts = (_BEGINNINGS[beginning], dice.pick(_SECONDS), _FATES[fate], _MOODS[mood])
+    return " ".join(parts).format(**story_words(dice))
