@@ -6,19 +6,32 @@ Importing registers the methods with PEFT; nothing else happens, and nothing els
     model = peft.get_peft_model(base, llmreg.PissaConfig(r=16, target_modules="all-linear"))
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .adapters import AdditiveConfig, PissaConfig
-from .hub.peft_io import install as _install
+from ._after_peft import after_peft as _after_peft
+
+if TYPE_CHECKING:
+    from .adapters import AdditiveConfig, PissaConfig
 
 __version__ = "0.1.0"
 __all__ = ["AdditiveConfig", "PissaConfig", "__version__", "export_lora", "linalg"]
 
-_install()
+
+def _register() -> None:
+    from .hub.peft_io import install
+
+    install()
+
+
+_after_peft(_register)
 
 
 def __getattr__(name: str) -> Any:
     """What costs time to import is imported when it is asked for."""
+    if name in ("AdditiveConfig", "PissaConfig"):
+        from . import adapters
+
+        return getattr(adapters, name)
     if name == "export_lora":
         from .hub.export import export_lora
 

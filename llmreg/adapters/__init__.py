@@ -1,5 +1,7 @@
 """PEFT configs, layers and the tuner of the additive methods; importing registers them with PEFT."""
 
+import peft as _peft  # noqa: F401, first: llmreg registers itself when PEFT has been imported
+
 from .config import AdditiveConfig, PissaConfig
 from .layer import AdditiveLayer
 from .model import AdditiveModel
