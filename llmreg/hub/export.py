@@ -8,31 +8,25 @@ The update of a layer is `s up down` with `up (out, R)`, `down (R, in)`. Its SVD
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import AdapterFileError, RecipeError
 from ..files import commit_folder, staged_folder, write_text
 from .card import model_card
 from .card_facts import license_of_base
+from .lora_files import PREFIX, check_new_folder, float_dtype, lora_scaling, read_lora
 from .sidecar import read_sidecar
+from .vllm import check_vllm, vllm_lora_rank
 
 __all__ = ["ExportReport", "export_lora", "recompress"]
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_PREFIX = "base_model.model."
-#: Values of `init_lora_weights` that leave the base weights alone; the others change them at every load.
-_HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclass(frozen=True)
@@ -43,12 +37,14 @@ class ExportReport:
         rank: largest rank in the exported adapter. dtype: its tensors' dtype.
         relative_error: Frobenius norm of what recompression dropped over the update's norm, all layers together.
         layer_errors: the same for each layer.
+        vllm_rank: the `--max-lora-rank` that serves it, if that was checked.
     """
 
     rank: int
     dtype: str
     relative_error: float
     layer_errors: dict[str, float]
+    vllm_rank: int | None = None
 
 
 def recompress(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
@@ -70,7 +66,11 @@ def recompress(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor, flo
 
 
 def export_lora(
-    src: str | Path, dst: str | Path, rank: int | None = None, dtype: str | torch.dtype | None = None
+    src: str | Path,
+    dst: str | Path,
+    rank: int | None = None,
+    dtype: str | torch.dtype | None = None,
+    check: str | None = None,
 ) -> ExportReport:
     """Write the adapter in `src` to `dst` as plain LoRA, without a sidecar.
 
@@ -78,21 +78,23 @@ def export_lora(
         src: a saved adapter (plain LoRA, or what llmreg saves). dst: a folder that is empty or does not exist.
         rank: recompress every layer to at most this rank; by default the saved form is kept as it is (rank 2r, exact).
         dtype: "float32", "bfloat16" or "float16"; by default as saved.
+        check: "vllm" writes nothing unless vLLM can serve the result.
 
     Returns:
         `ExportReport`; its error also stands in the exported `README.md`.
 
     Raises:
-        RecipeError: a rank or dtype that makes no sense, or a `dst` that is not empty.
+        RecipeError: a rank or dtype that makes no sense, a `dst` that is not empty, or a failed check.
         AdapterFileError: `src` is not a whole plain-LoRA adapter in safetensors.
     """
     src, dst = Path(src), Path(dst)
-    target_dtype = _dtype(dtype)
+    target_dtype = float_dtype(dtype)
     if rank is not None and rank < 1:
         raise RecipeError(f"rank must be a positive integer, got {rank}.")
-    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-        raise RecipeError(f"{dst} is not an empty folder; choose another output or empty it.")
-    config, tensors = _read(src)
+    if check not in (None, "vllm"):
+        raise RecipeError(f"check {check!r} is not known; write vllm, or leave it out.")
+    check_new_folder(dst)
+    config, tensors = read_lora(src)
     _check_finite(tensors, f"the adapter in {src}")
     errors: dict[str, tuple[float, float]] = {}
     if rank is not None:
@@ -105,44 +107,24 @@ def export_lora(
     with staged_folder(dst) as staging:
         save_file(tensors, staging / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(staging))
+        if check:
+            report = replace(report, vllm_rank=_served(staging, src))
         write_text(staging / "README.md", _card(src, config, report))
         commit_folder(staging, dst, marker=CONFIG_NAME)
     return report
 
 
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype not in _DTYPES:
-        raise RecipeError(f"dtype {dtype!r} is not known; write one of {', '.join(_DTYPES)}.")
-    return _DTYPES[dtype]
+def _served(folder: Path, src: Path) -> int:
+    """The `--max-lora-rank` for the adapter in `folder`.
 
-
-def _read(src: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Config and tensors of a plain LoRA adapter."""
-    if not (src / CONFIG_NAME).is_file():
-        raise AdapterFileError(f"{src} holds no adapter: {CONFIG_NAME} is missing; give the folder of a saved adapter.")
-    weights = src / SAFETENSORS_WEIGHTS_NAME
-    if not weights.is_file():
-        pickle = f" ({WEIGHTS_NAME} is a pickle, which llmreg does not read)" if (src / WEIGHTS_NAME).exists() else ""
-        raise AdapterFileError(f"{weights} is missing{pickle}; save the adapter as safetensors.")
-    try:
-        settings = json.loads((src / CONFIG_NAME).read_text(encoding="utf-8"))
-        tensors = load_file(weights)
-        kind = settings.pop("peft_type")
-        config = LoraConfig(**settings) if kind == "LORA" else None
-    except (ValueError, TypeError, AttributeError, KeyError, SafetensorError, OSError) as error:
-        raise AdapterFileError(f"{src} is damaged ({error}); copy the adapter again.") from error
-    if config is None:
-        raise AdapterFileError(f"{src} holds a {kind} adapter; only plain LoRA can be exported.")
-    if config.init_lora_weights not in _HARMLESS_STARTS:
-        raise AdapterFileError(
-            f"{src} has init_lora_weights={config.init_lora_weights!r}: PEFT changes the base weights when loading it, "
-            "so its factors alone are no plain LoRA; convert it with PEFT "
-            "(save_pretrained(..., path_initial_model_for_weight_conversion=...)) first."
-        )
-    config.init_lora_weights, config.eva_config = True, None
-    return config, tensors
+    Raises:
+        RecipeError: with everything that keeps vLLM from loading it.
+    """
+    problems = check_vllm(folder)
+    rank = vllm_lora_rank(folder)
+    if problems or rank is None:
+        raise RecipeError(f"vLLM cannot serve the export of {src}: {' '.join(problems)}")
+    return rank
 
 
 def _check_finite(tensors: dict[str, Tensor], what: str) -> None:
@@ -173,8 +155,8 @@ def _recompress_all(
     for key in (key for key in tensors if ".lora_A." in key):
         partner = key.replace(".lora_A.", ".lora_B.")
         down, up = tensors[key], tensors[partner]
-        layer = key.split(".lora_A.")[0].removeprefix(_PREFIX)
-        B, A, dropped, whole = recompress(up * _scaling(config, layer, down.shape[0]), down, rank)
+        layer = key.split(".lora_A.")[0].removeprefix(PREFIX)
+        B, A, dropped, whole = recompress(up * lora_scaling(config, layer, down.shape[0]), down, rank)
         out[key], out[partner] = A.to(down.dtype).contiguous(), B.to(up.dtype).contiguous()
         errors[layer] = (dropped, whole)
         ranks[layer] = A.shape[0]
@@ -183,12 +165,6 @@ def _recompress_all(
     config.rank_pattern = {layer: kept for layer, kept in ranks.items() if kept != largest}
     config.alpha_pattern = dict(config.rank_pattern)
     return config, out, errors
-
-
-def _scaling(config: LoraConfig, layer: str, rank: int) -> float:
-    alphas = config.alpha_pattern or {}
-    alpha = alphas.get(get_pattern_key(alphas.keys(), layer), config.lora_alpha)
-    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
 def _report(config: LoraConfig, tensors: dict[str, Tensor], errors: dict[str, tuple[float, float]]) -> ExportReport:

@@ -30,6 +30,7 @@ from ..files import commit_folder, file_digest, staged_folder, write_json, write
 from ..progress import track
 from ..weights import bytes_hash
 from .base_checkpoint import BaseCheckpoint, locate_base
+from .lora_files import check_new_folder, float_dtype
 from .parity import parity
 from .plain_lora import Change, PlainLora, read_plain_lora
 from .sidecar import BaseRecord, Sidecar, read_sidecar
@@ -38,7 +39,6 @@ from .streaming import SafetensorsFile, SafetensorsWriter, TensorEntry, converte
 __all__ = ["MergeReport", "merge"]
 
 logger = logging.getLogger("llmreg")
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MARKER = "config.json"
 #: Suffixes of weights (copied only as what they become) and of pickles (never copied).
 _WEIGHTS = tuple(
@@ -102,9 +102,8 @@ def merge(
     """
     started = time.monotonic()
     src, dst = Path(src), Path(dst)
-    target = _dtype(dtype)
-    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-        raise RecipeError(f"{dst} is not an empty folder; choose another output or empty it.")
+    target = float_dtype(dtype)
+    check_new_folder(dst)
     adapter = read_plain_lora(src)
     sidecar = _checked_sidecar(src)
     checkpoint = BaseCheckpoint(locate_base(base, adapter.config, sidecar))
@@ -137,13 +136,6 @@ def merge(
 
 
 # -- before anything is written ------------------------------------------------------------------------------------
-
-
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    name = str(dtype).removeprefix("torch.")
-    if dtype is not None and name not in _DTYPES:
-        raise RecipeError(f"dtype {name!r} is not known; write one of {', '.join(_DTYPES)}.")
-    return _DTYPES.get(name)
 
 
 def _checked_sidecar(src: Path) -> Sidecar | None:

@@ -23,11 +23,11 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 
 from ..errors import AdapterFileError, UnsupportedError, WeightError
+from .lora_files import HARMLESS_STARTS, PREFIX
 from .streaming import SafetensorsFile
 
 __all__ = ["Change", "PlainLora", "read_plain_lora"]
 
-_PREFIX = "base_model.model."
 #: Fields that cannot change what a loaded adapter computes, or that are read here.
 _UNDERSTOOD = frozenset(
     "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules "
@@ -36,8 +36,6 @@ _UNDERSTOOD = frozenset(
     "eva_config corda_config lora_ga_config velora_config qalora_group_size runtime_config lora_bias "
     "ensure_weight_tying".split()
 )
-#: Values of `init_lora_weights` that leave the base weights alone; the others change them at every load.
-_HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 _WITH_PEFT = "merge it with PEFT's merge_and_unload on the loaded model instead"
 
 
@@ -111,7 +109,7 @@ def _read_config(folder: Path) -> LoraConfig:
         if name not in _UNDERSTOOD and value and value != default:
             raise UnsupportedError(f"{path} has {name}={value!r}, which is more than W + s B A; {_WITH_PEFT}.")
     start = settings.get("init_lora_weights", True)
-    if start not in _HARMLESS_STARTS:
+    if start not in HARMLESS_STARTS:
         raise UnsupportedError(
             f"{path} has init_lora_weights={start!r}: PEFT changes the base weights when loading it, so its factors "
             "alone are no plain LoRA; convert it with PEFT "
@@ -144,7 +142,7 @@ def _changes(config: LoraConfig, file: SafetensorsFile) -> tuple[Change, ...]:
 
 def _change(config: LoraConfig, file: SafetensorsFile, key: str) -> Change | None:
     """What tensor `key` does; None for a `B`, which its `A` speaks for."""
-    entry, name = file.entries[key], key.removeprefix(_PREFIX)
+    entry, name = file.entries[key], key.removeprefix(PREFIX)
     if entry.dtype is None:
         raise UnsupportedError(f"{key!r} of {file.path} is stored as {entry.code}; {_WITH_PEFT}.")
     if name.endswith(".lora_A.weight"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +30,11 @@ def why_not_served(config: Mapping[str, Any], rank: int) -> str | None:
             return f"it does not load adapters with {name}"
     if config.get("bias", "none") != "none":
         return "it does not load adapters with biases"
-    for name in ("rank_pattern", "alpha_pattern"):
-        if config.get(name):
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    r, alpha = config.get("r", 1), config.get("lora_alpha", 1)
+    root = math.sqrt if config.get("use_rslora") else float
+    for layer in {**ranks, **alphas}:
+        if not math.isclose(alphas.get(layer, alpha) / root(ranks.get(layer, r)), alpha / root(r)):
+            name = "rank_pattern" if layer in ranks else "alpha_pattern"
             return f"it scales every layer by one lora_alpha / r and would misread {name}"
     return None
