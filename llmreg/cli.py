@@ -30,22 +30,40 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="For example training.max_steps=20 model.name=pocket"),
 ]
+AdapterFolder = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of a saved adapter.")]
+NewFolder = Annotated[str, typer.Argument(metavar="DIR", help="Where to write; empty or new.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
 
 
 @app.command()
-def train(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False) -> None:
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would happen; download and write nothing.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the newest checkpoint in output.dir.")
+    ] = False,
+    checkpoint: Annotated[str | None, typer.Option(help="Continue from this one, such as checkpoint-40.")] = None,
+    allow_changes: Annotated[bool, typer.Option("--allow-changes", help="Resume under a changed recipe.")] = False,
+    as_json: Json = False,
+) -> None:
     """Train an adapter, with scores before and after, into the recipe's output folder."""
     from .recipes import load_recipe
 
+    if dry_run and (resume or checkpoint):
+        raise typer.BadParameter("--dry-run and --resume exclude each other.")
     loaded = load_recipe(recipe, overrides or [])
+    if dry_run:
+        from .recipes import preview
+
+        _print_result(preview(loaded), as_json)
+        return
     from .recipes import run
 
-    report = run(loaded)
-    if as_json:
-        _print_json(report.as_dict())
-    else:
-        _print(*report.renderables())
+    _print_result(run(loaded, resume=checkpoint or resume, allow_changes=allow_changes), as_json)
 
 
 @app.command()
@@ -85,11 +103,68 @@ def methods(
 
 
 @app.command()
+def schema() -> None:
+    """Print the JSON schema of a recipe, from which editors complete and check."""
+    from .recipes import recipe_schema
+
+    _print_json(recipe_schema())
+
+
+@app.command()
+def init(
+    recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="A recipe, a .yaml file.")] = None,
+    overrides: Overrides = None,
+    output: Annotated[str | None, typer.Option(metavar="DIR", help="The cache; by default where train looks.")] = None,
+    clear: Annotated[bool, typer.Option("--clear", help="Remove what the cache holds.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Decompose the weights of a recipe once, offline, so that training starts at once; without one, list the cache."""
+    from dataclasses import asdict
+
+    from .recipes import starting
+
+    if clear:
+        count, size = starting.clear_starts(output)
+        if recipe is None:
+            _print_json({"removed": count, "bytes": size}) if as_json else typer.echo(
+                f"removed {count} starts, {_size(size)}"
+            )
+            return
+    if recipe is None:
+        _print_json(starting.list_starts(output)) if as_json else _print(starting.starts_table(output))
+        return
+    from .recipes import load_recipe
+
+    report = starting.prepare_starts(load_recipe(recipe, overrides or []), output)
+    if as_json:
+        _print_json(asdict(report))
+    else:
+        typer.echo(
+            f"{report.path}: {report.layers} layers of {report.model} by {report.method} in {report.seconds:.1f} s, "
+            f"{report.found} of them found; it holds {report.entries} starts, {_size(report.bytes)}"
+        )
+
+
+@app.command("eval")
+def evaluate(
+    source: Annotated[str, typer.Argument(metavar="RECIPE|ADAPTER", help="A recipe, a run's folder, or an adapter.")],
+    overrides: Overrides = None,
+    merged: Annotated[bool, typer.Option("--merged/--no-merged", help="Also measure the merged model.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Measure base, adapter and merged model: task scores, perplexity, and what was forgotten."""
+    from .recipes import evaluate as measure
+
+    _print_result(measure(source, overrides or [], merged=merged), as_json)
+
+
+@app.command()
 def export(
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of a saved adapter.")],
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="Where to write; empty or new.")],
+    adapter: AdapterFolder,
+    folder: NewFolder,
     rank: Annotated[int | None, typer.Option(help="Recompress every layer to at most this rank.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    dtype: Dtype = None,
+    check: Annotated[str | None, typer.Option(help="vllm: fail unless vLLM can serve the result.")] = None,
     as_json: Json = False,
 ) -> None:
     """Write a saved adapter as plain LoRA of a chosen rank and dtype."""
@@ -97,13 +172,79 @@ def export(
 
     from .hub.export import export_lora
 
-    report = export_lora(Path(adapter).expanduser(), Path(folder).expanduser(), rank=rank, dtype=dtype)
+    report = export_lora(_path(adapter), _path(folder), rank=rank, dtype=dtype, check=check)
     if as_json:
         _print_json({"path": folder, **asdict(report)})
     else:
+        served = f"; serve it with vLLM's --max-lora-rank {report.vllm_rank}" if report.vllm_rank else ""
         typer.echo(
             f"{folder}: plain LoRA of rank {report.rank} in {report.dtype}, relative error {report.relative_error:.1e}"
+            f"{served}"
         )
+
+
+@app.command()
+def merge(
+    adapter: AdapterFolder,
+    folder: NewFolder,
+    base: Annotated[str | None, typer.Option(help="Folder or Hub id; by default the adapter's own base.")] = None,
+    dtype: Dtype = None,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Compare logits of adapter and merged model.")
+    ] = True,
+    as_json: Json = False,
+) -> None:
+    """Write the base model with a saved adapter merged in, shard by shard."""
+    from dataclasses import asdict
+
+    from .hub.merge import merge as merge_into
+
+    report = merge_into(_path(adapter), _path(folder), base=base, dtype=dtype, check=check)
+    if as_json:
+        _print_json(asdict(report))
+    else:
+        typer.echo(
+            f"{folder}: {report.base}, {report.merged + report.replaced} tensors changed, {report.copied} copied, "
+            f"{_size(report.bytes)}"
+        )
+        typer.echo(
+            f"not compared: {report.parity_skipped}" if report.parity is None else f"logits compared: {report.parity}"
+        )
+
+
+@app.command()
+def push(
+    adapter: AdapterFolder,
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the Hub.")],
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public; private without it.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be uploaded; no network.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Publish a saved adapter on the Hub, with its card; private unless told otherwise."""
+    from dataclasses import asdict
+
+    from .hub.push import push as push_to
+
+    report = push_to(
+        _path(adapter),
+        repository,
+        private=not public,
+        dry_run=dry_run,
+        revision=revision,
+        commit_message=message,
+        create_pr=create_pr,
+    )
+    if as_json:
+        _print_json(asdict(report))
+        return
+    for name, size in report.files.items():
+        typer.echo(f"  {_size(size):>10}  {name}")
+    done = "would be uploaded" if dry_run else "uploaded"
+    kind = "private" if report.private else "public"
+    typer.echo(f"{_size(report.total_bytes)} {done} to {kind} {report.url or report.repo_id}")
 
 
 def main() -> None:
@@ -123,6 +264,13 @@ def _run(arguments: list[str]) -> int:
     except BrokenPipeError:  # the reader of stdout has gone, as in `llmreg methods | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except SystemExit as error:
+        from .errors import TrainingStopped
+
+        if isinstance(error, TrainingStopped):
+            _complain(str(error))
+            return 143
+        raise
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of the argument parser
             _complain(f"{error.format_message()} See llmreg --help.")
@@ -139,6 +287,22 @@ def _stopped(number: int, frame: Any) -> None:
     name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
     _complain(f"stopped by {name}; nothing half-written was left behind.")
     raise SystemExit(128 + number)
+
+
+def _path(folder: str) -> Path:
+    return Path(folder).expanduser()
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+
+
+def _print_result(result: Any, as_json: bool) -> None:
+    """A result that has `as_dict` and `renderables`."""
+    if as_json:
+        _print_json(result.as_dict())
+    else:
+        _print(*result.renderables())
 
 
 def _complain(message: str) -> None:

@@ -13,6 +13,7 @@ __all__ = [
     "LlmregError",
     "LlmregWarning",
     "RecipeError",
+    "TrainingStopped",
     "UnsupportedError",
     "WeightError",
 ]
@@ -44,3 +45,14 @@ class BaseMismatchError(AdapterFileError):
 
 class LlmregWarning(UserWarning):
     """Something the user should know, though the result is right."""
+
+
+class TrainingStopped(SystemExit):
+    """SIGTERM ended a training after a checkpoint; the exit code is 143."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(143)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message

@@ -1,4 +1,4 @@
-"""Measuring a model on several sources at once: exact match where there are prompts, perplexity where there is text."""
+"""Measuring a model on several sources at once; what is measured follows from the columns of the rows."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..progress import track
+from .choices import classification, preference_accuracy
 from .scoring import exact_match, perplexity
 
 __all__ = ["Measurement", "Suite", "forgetting", "measure"]
@@ -15,15 +16,20 @@ __all__ = ["Measurement", "Suite", "forgetting", "measure"]
 
 @dataclass(frozen=True)
 class Suite:
-    """Rows to measure on, under a name; `prompt`/`completion` rows are matched, `text` rows predicted."""
+    """Rows to measure on, under a name; their columns decide what is measured."""
 
     name: str
-    rows: Sequence[dict[str, str]]
+    rows: Sequence[dict[str, Any]]
 
     @property
-    def metric(self) -> str:
-        """ "exact match" or "perplexity"."""
-        return "exact match" if "prompt" in self.rows[0] else "perplexity"
+    def metrics(self) -> tuple[str, ...]:
+        """What `measure` returns for these rows."""
+        columns = self.rows[0]
+        if "label" in columns:
+            return ("accuracy", "macro F1")
+        if "chosen" in columns:
+            return ("preference accuracy",)
+        return ("exact match",) if "prompt" in columns else ("perplexity",)
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,8 @@ class Measurement:
     """One score before and after training.
 
     Attributes:
-        name: of the source. metric: "exact match" or "perplexity". rows: how many were measured.
+        name: of the source. rows: how many were measured.
+        metric: "exact match", "preference accuracy", "accuracy", "macro F1" or "perplexity".
         role: "task" (should rise) or "forgetting" (should not change).
     """
 
@@ -49,23 +56,33 @@ class Measurement:
 
 
 def forgetting(metric: str, before: float, after: float) -> float:
-    """Exact match: before - after. Perplexity: the rise of the mean loss in nats a token, as in PEFT's benchmark."""
-    return before - after if metric == "exact match" else math.log(after) - math.log(before)
+    """Perplexity: the rise of the mean loss in nats a token, as in PEFT's benchmark. Others: before - after."""
+    return math.log(after) - math.log(before) if metric == "perplexity" else before - after
 
 
 def measure(
     model: Any, tokenizer: Any, suites: Sequence[Suite], *, batch_size: int = 64, max_new_tokens: int | None = None
-) -> dict[str, float]:
-    """Score `model` on every suite, by name.
+) -> dict[tuple[str, str], float]:
+    """Score `model` on every suite, by the suite's name and the metric.
 
     Raises:
         RecipeError: rows that cannot be scored.
     """
-    scores = {}
+    scores: dict[tuple[str, str], float] = {}
     for suite in track(suites, "evaluating", unit="sources"):
-        if suite.metric == "exact match":
-            score = exact_match(model, tokenizer, suite.rows, batch_size=batch_size, max_new_tokens=max_new_tokens)
-        else:
-            score = perplexity(model, tokenizer, [row["text"] for row in suite.rows], batch_size=min(batch_size, 16))
-        scores[suite.name] = score.value
+        for metric, value in _scores(model, tokenizer, suite, batch_size, max_new_tokens).items():
+            scores[suite.name, metric] = value
     return scores
+
+
+def _scores(model: Any, tokenizer: Any, suite: Suite, batch_size: int, max_new_tokens: int | None) -> dict[str, float]:
+    metric = suite.metrics[0]
+    if metric == "accuracy":
+        return classification(model, tokenizer, suite.rows, batch_size=batch_size)
+    if metric == "preference accuracy":
+        score = preference_accuracy(model, tokenizer, suite.rows, batch_size=min(batch_size, 16))
+    elif metric == "exact match":
+        score = exact_match(model, tokenizer, suite.rows, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    else:
+        score = perplexity(model, tokenizer, [row["text"] for row in suite.rows], batch_size=min(batch_size, 16))
+    return {metric: score.value}

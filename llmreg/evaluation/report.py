@@ -108,7 +108,7 @@ class Report:
 
 def _cells(row: Measurement) -> tuple[str, str, str, str]:
     label = f"{row.name} ({row.metric}{', forgetting' if row.role == 'forgetting' else ''})"
-    if row.metric == "exact match":
+    if row.metric != "perplexity":
         change = 100 * (row.after - row.before)
         return label, f"{row.before:.1%}", f"{row.after:.1%}", f"{change:+.1f} points"
     return label, f"{row.before:.2f}", f"{row.after:.2f}", f"{row.after - row.before:+.2f}"

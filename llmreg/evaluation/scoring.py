@@ -82,14 +82,14 @@ def exact_match(
     Raises:
         RecipeError: no examples, a row without the two columns, or an empty prompt.
     """
-    rows = _checked(examples, ("prompt", "completion"))
-    prompts = _encode(tokenizer, [row["prompt"] for row in rows])
+    rows = check_rows(examples, ("prompt", "completion"))
+    prompts = encode(tokenizer, [row["prompt"] for row in rows])
     if not all(prompts):
         raise RecipeError("exact_match: an example has an empty prompt; give every example a prompt to complete")
     if max_new_tokens is None:
-        max_new_tokens = 1 + max(map(len, _encode(tokenizer, [row["completion"] for row in rows])))
+        max_new_tokens = 1 + max(map(len, encode(tokenizer, [row["completion"] for row in rows])))
     right = 0
-    with _evaluating(model):
+    with evaluating(model):
         for start in range(0, len(rows), batch_size):
             answers = _complete(model, tokenizer, prompts[start : start + batch_size], max_new_tokens)
             expected = [row["completion"].strip() for row in rows[start : start + batch_size]]
@@ -125,12 +125,12 @@ def perplexity(
         RecipeError: there is nothing to predict (no text of at least two tokens).
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    rows = [(ids + end)[:max_length] for ids in _encode(tokenizer, list(texts))] if texts else []
+    rows = [(ids + end)[:max_length] for ids in encode(tokenizer, list(texts))] if texts else []
     rows = [row for row in rows if len(row) > 1]
     if not rows:
         raise RecipeError("perplexity: nothing to predict; give at least one text of two tokens or more")
     loss, tokens = 0.0, 0
-    with _evaluating(model):
+    with evaluating(model):
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
             loss += _loss(model, tokenizer, batch)
@@ -140,7 +140,7 @@ def perplexity(
     return Perplexity(loss, tokens)
 
 
-def _checked(examples: Sequence[Mapping[str, str]], columns: Sequence[str]) -> Sequence[Mapping[str, str]]:
+def check_rows(examples: Sequence[Mapping[str, str]], columns: Sequence[str]) -> Sequence[Mapping[str, str]]:
     if not len(examples):
         raise RecipeError("there are no examples to score; give at least one")
     for i, row in enumerate(examples):
@@ -150,13 +150,13 @@ def _checked(examples: Sequence[Mapping[str, str]], columns: Sequence[str]) -> S
     return examples
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     encoded: list[list[int]] = tokenizer(texts)["input_ids"]
     return encoded
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     """Put `model` into evaluation mode without gradients; give every module its own flag back afterwards."""
     import torch
 
@@ -170,13 +170,13 @@ def _evaluating(model: Any) -> Iterator[None]:
             module.training = training
 
 
-def _device(model: Any) -> torch.device:
+def device_of(model: Any) -> torch.device:
     """The device of the input embeddings: where a model spread over several devices expects its tokens."""
     device: torch.device = model.get_input_embeddings().weight.device
     return device
 
 
-def _padded(
+def padded(
     rows: Sequence[Sequence[int]], pad: int, side: str, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return token ids and mask, both (rows, longest row), padded on `side`."""
@@ -192,7 +192,7 @@ def _padded(
     return ids.to(device), mask.to(device)
 
 
-def _pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)
@@ -205,8 +205,8 @@ def _complete(
     """Return the greedy completions of `prompts` as text, without spaces at the ends."""
     from transformers import GenerationConfig
 
-    pad = _pad_token(tokenizer)
-    ids, mask = _padded(prompts, pad, "left", _device(model))
+    pad = pad_token(tokenizer)
+    ids, mask = padded(prompts, pad, "left", device_of(model))
     config = GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -241,7 +241,7 @@ def _loss(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequenc
     """Return the summed negative log-likelihood, in nats, of all tokens of `rows` but the first of each."""
     import torch
 
-    ids, mask = _padded(rows, _pad_token(tokenizer), "right", _device(model))
+    ids, mask = padded(rows, pad_token(tokenizer), "right", device_of(model))
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     total = 0.0
     for i, row in enumerate(rows):  # row by row: a float copy of one text's logits, not of the batch's

@@ -8,26 +8,52 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from .load import dump_recipe, load_recipe, make_recipe
 from .schema import Recipe
 
 if TYPE_CHECKING:
+    from .dry_run import Preview, preview
+    from .evaluating import Evaluation, evaluate
+    from .json_schema import recipe_schema
     from .planning import Plan, plan
     from .running import run
+    from .starting import StartReport, prepare_starts
 
-__all__ = ["Plan", "Recipe", "dump_recipe", "load_recipe", "make_recipe", "plan", "run"]
+__all__ = [
+    "Evaluation",
+    "Plan",
+    "Preview",
+    "Recipe",
+    "StartReport",
+    "dump_recipe",
+    "evaluate",
+    "load_recipe",
+    "make_recipe",
+    "plan",
+    "prepare_starts",
+    "preview",
+    "recipe_schema",
+    "run",
+]
+#: What imports torch and TRL is imported when it is asked for.
+_LATER = {
+    "Evaluation": "evaluating",
+    "evaluate": "evaluating",
+    "recipe_schema": "json_schema",
+    "Plan": "planning",
+    "plan": "planning",
+    "Preview": "dry_run",
+    "preview": "dry_run",
+    "run": "running",
+    "StartReport": "starting",
+    "prepare_starts": "starting",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """`plan` and `run` import torch and TRL, so they are imported when they are asked for."""
-    if name in ("Plan", "plan"):
-        from . import planning
-
-        return getattr(planning, name)
-    if name == "run":
-        from .running import run
-
-        return run
+    if name in _LATER:
+        return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
     raise AttributeError(f"module 'llmreg.recipes' has no attribute {name!r}")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import RecipeError
 from .data import located
 from .schema import Recipe
+from .tasks import TASKS
 
-__all__ = ["load_base", "name_or_path"]
+__all__ = ["base_dtype", "load_base", "name_or_path"]
 
 
 def name_or_path(recipe: Recipe) -> str:
@@ -22,40 +24,75 @@ def name_or_path(recipe: Recipe) -> str:
     return str(Path(name).expanduser()) if name.startswith("~") else name
 
 
-def load_base(recipe: Recipe, *, gpu: bool) -> tuple[Any, Any]:
+def load_base(recipe: Recipe, *, gpu: bool, classes: Sequence[str] | None = None) -> tuple[Any, Any]:
     """Load model and tokenizer.
 
     Args:
         gpu: load onto (and compute on) the GPU.
+        classes: names of the labels for classification, whose new head the recipe's seed decides. What the checkpoint
+            does not hold is listed in the model's `new_modules`.
 
     Raises:
         RecipeError: no such model, no safetensors, or a repository that cannot be reached.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
 
+    auto_class = getattr(transformers, TASKS[recipe.task].auto_class)
+    transformers.set_seed(recipe.seed)
     name, revision = name_or_path(recipe), recipe.model.revision
     with located(recipe, "model", "name"):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-            model = AutoModelForCausalLM.from_pretrained(
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision)
+            model, loading = auto_class.from_pretrained(
                 name,
                 revision=revision,
-                dtype=_dtype(recipe, gpu),
+                dtype=base_dtype(recipe, gpu),
                 quantization_config=_quantization(recipe, gpu),
                 device_map={"": 0} if gpu else None,
                 use_safetensors=True,
+                output_loading_info=True,
+                **_labels(classes),
             )
         except (OSError, ValueError, ImportError, KeyError) as error:
             reason = " ".join(str(error).split())[:400].rstrip(".")
             raise RecipeError(f"the model {recipe.model.name} cannot be loaded: {reason}.") from None
-    if tokenizer.eos_token_id is None:
+    missing = sorted(loading["missing_keys"])
+    if classes is None and missing:
         raise recipe.error(
-            ("model", "name"), f"the tokenizer of {recipe.model.name} has no end-of-sequence token, which sft needs."
+            ("model", "name"), f"{recipe.model.name} has no weights for {', '.join(missing[:3])}; it is no causal LM."
+        )
+    model.new_modules = [key.rpartition(".")[0] for key in missing]
+    if classes is not None:
+        _settle_padding(recipe, model, tokenizer)
+    elif tokenizer.eos_token_id is None:
+        raise recipe.error(
+            ("model", "name"),
+            f"the tokenizer of {recipe.model.name} has no end-of-sequence token, which {recipe.task} needs.",
         )
     return model, tokenizer
 
 
-def _dtype(recipe: Recipe, gpu: bool) -> Any:
+def _labels(classes: Sequence[str] | None) -> dict[str, Any]:
+    if classes is None:
+        return {}
+    names = dict(enumerate(classes))
+    return {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
+
+
+def _settle_padding(recipe: Recipe, model: Any, tokenizer: Any) -> None:
+    """A decoder classifies at the last token that is no padding, so it must know the padding token."""
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise recipe.error(
+                ("model", "name"),
+                f"the tokenizer of {recipe.model.name} has no padding token, which classification needs.",
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def base_dtype(recipe: Recipe, gpu: bool) -> Any:
+    """The dtype of the weights that are not quantised."""
     import torch
 
     if recipe.model.dtype != "auto":

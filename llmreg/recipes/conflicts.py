@@ -11,6 +11,7 @@ from ..hub.serving import VLLM_RANKS, served_rank
 from ..methods import Method
 from .schema import Recipe
 from .sources import check_name, columns_problem
+from .tasks import TASKS
 
 __all__ = [
     "VLLM_RANKS",
@@ -157,7 +158,7 @@ def check_sources(recipe: Recipe) -> None:
         if problem:
             raise recipe.error(location, problem)
     if recipe.data.columns is not None:
-        problem = columns_problem(recipe.data.columns)
+        problem = columns_problem(recipe.data.columns, TASKS[recipe.task].formats)
         if problem:
             raise recipe.error(("data", "columns"), problem)
     model = recipe.model.name

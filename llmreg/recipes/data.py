@@ -1,34 +1,43 @@
-"""Rows in TRL's formats: which columns hold what, checked row by row, and which rows are kept back.
+"""Rows in the formats of the tasks: which columns hold what, checked row by row, and which rows are kept back.
 
-Accepted as they are: `prompt` and `completion`, `messages` (or `conversations`), `text`, and GSM8K's `question` and
-`answer`. `data.columns` maps anything else, by column name or by a template with column names in braces.
+Accepted as they are: what `tasks.py` lists for the task (TRL's formats; `text` and `label` for classification), and
+GSM8K's `question` and `answer`. `data.columns` maps anything else, by column name or by a template with column names
+in braces.
 """
 
 from __future__ import annotations
 
 import random
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import RecipeError
 from .schema import Recipe
-from .sources import FORMATS, columns_problem, is_local, is_pocket, kind_of, load_source
+from .sources import columns_problem, is_local, is_pocket, kind_of, load_source
+from .tasks import SCORED_FORMATS, TASKS, Formats
 
-__all__ = ["TrainingData", "in_format", "load_training_data", "located", "scoring_rows"]
+__all__ = ["TrainingData", "classes_of", "in_format", "load_training_data", "located", "numbered", "scoring_rows"]
 
 #: GSM8K as published, in the form lm-evaluation-harness asks it in.
 _QUESTION_ANSWER = {"prompt": "Question: {question}\nAnswer:", "completion": " {answer}"}
+_MESSAGES = ("messages", "conversations")
+#: Columns that hold text alone; the others hold text or a conversation.
+_TEXT = ("text", "text_pair")
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """`datasets.Dataset`s in one of TRL's formats; `heldout` is None if the recipe asks for none."""
+    """`datasets.Dataset`s in one of the task's formats; `heldout` is None if the recipe asks for none.
+
+    `classes` are the names of the labels for classification, in the order of their numbers, else None.
+    """
 
     train: Any
     heldout: Any
+    classes: tuple[str, ...] | None = None
 
 
 @contextmanager
@@ -46,15 +55,19 @@ def load_training_data(recipe: Recipe) -> TrainingData:
     Raises:
         RecipeError: a source that cannot be read, columns in no known format, a bad row by its number.
     """
-    data = recipe.data
+    data, formats = recipe.data, TASKS[recipe.task].formats
     with located(recipe, "data", "train"):
-        train = in_format(load_source(data.train, data.split, data.config), data.columns)
+        train = in_format(load_source(data.train, data.split, data.config), data.columns, formats)
+        classes = classes_of(train, data.train) if recipe.task == "classification" else None
     if data.test:
         with located(recipe, "data", "test"):
-            heldout = in_format(load_source(data.test, data.test_split, data.config), data.columns)
-        return TrainingData(train, _first(heldout, recipe.evaluation.limit))
+            heldout = in_format(load_source(data.test, data.test_split, data.config), data.columns, formats)
+            heldout = _first(heldout, recipe.evaluation.limit)
+            if classes:
+                numbered(heldout["label"], classes)
+        return TrainingData(train, heldout, classes)
     if not recipe.evaluation.heldout:
-        return TrainingData(train, None)
+        return TrainingData(train, None, classes)
     kept_back = recipe.evaluation.heldout
     if kept_back >= len(train):
         raise recipe.error(
@@ -62,11 +75,11 @@ def load_training_data(recipe: Recipe) -> TrainingData:
         )
     chosen = sorted(random.Random(f"heldout-{recipe.seed}").sample(range(len(train)), kept_back))
     others = sorted(set(range(len(train))) - set(chosen))
-    return TrainingData(train.select(others), train.select(chosen))
+    return TrainingData(train.select(others), train.select(chosen), classes)
 
 
-def scoring_rows(recipe: Recipe, name: str) -> list[dict[str, str]]:
-    """Rows of one source of `evaluation`, as plain `prompt`/`completion` or `text`.
+def scoring_rows(recipe: Recipe, name: str) -> list[dict[str, Any]]:
+    """Rows of one source of `evaluation`, in one of the formats that are scored for the recipe's task.
 
     Raises:
         RecipeError: as `load_training_data`; conversations are not scored in this version.
@@ -74,28 +87,69 @@ def scoring_rows(recipe: Recipe, name: str) -> list[dict[str, str]]:
     same = name == recipe.data.train
     config = recipe.data.config if same else None
     rows = load_source(name, "train" if is_local(name) and not is_pocket(name) else "test", config)
-    mapping = recipe.data.columns or {}
-    fits = mapping and all(
+    mapping, formats = recipe.data.columns or {}, SCORED_FORMATS[TASKS[recipe.task].peft_task_type]
+    fits = any(set(mapping) == set(wanted) for wanted in formats) and all(
         set(_columns_in(value, rows.column_names)) <= set(rows.column_names) for value in mapping.values()
     )
-    rows = _first(in_format(rows, mapping if fits else None), recipe.evaluation.limit)
-    if "messages" in rows.column_names or "conversations" in rows.column_names:
+    if not fits and set(_MESSAGES) & set(rows.column_names):
         raise RecipeError(f"{name} holds conversations, which this version does not score; give prompt and completion.")
-    listed: list[dict[str, str]] = rows.to_list()
+    rows = _first(in_format(rows, mapping if fits else None, formats), recipe.evaluation.limit)
+    listed: list[dict[str, Any]] = rows.to_list()
     if "prompt" in rows.column_names and not isinstance(listed[0]["prompt"], str):
         raise RecipeError(f"{name} holds conversations, which this version does not score; give prompts as text.")
     return listed
+
+
+def classes_of(rows: Any, name: str) -> tuple[str, ...]:
+    """The names of the classes: those the data set carries, its text labels in order, or the numbers as text.
+
+    Raises:
+        RecipeError: fewer than two classes, or numbers that do not start at 0 or leave one out.
+    """
+    feature = rows.features["label"]
+    if hasattr(feature, "names"):
+        return tuple(feature.names)
+    labels = sorted(set(rows["label"]))
+    if len(labels) < 2:
+        raise RecipeError(f"all rows have the label {labels[0]!r}; classification needs at least two classes.")
+    if isinstance(labels[0], str):
+        return tuple(labels)
+    if labels != list(range(len(labels))):
+        raise RecipeError(
+            f"the labels are {', '.join(map(str, labels[:8]))}; number them from 0 without a gap, or give them as text."
+        )
+    if is_pocket(name):
+        from ..pocket import TASKS as POCKET_TASKS
+
+        return POCKET_TASKS[name].classes or tuple(map(str, labels))
+    return tuple(map(str, labels))
+
+
+def numbered(labels: Sequence[int | str], classes: Sequence[str]) -> list[int]:
+    """Labels as numbers of `classes`.
+
+    Raises:
+        RecipeError: a label that the training data does not have, by its row.
+    """
+    numbers = {name: number for number, name in enumerate(classes)}
+    out = []
+    for row, label in enumerate(labels, start=1):
+        number = numbers.get(label, -1) if isinstance(label, str) else label
+        if not 0 <= number < len(classes):
+            raise RecipeError(f"row {row} has the label {label!r}; the training data has {', '.join(classes)}.")
+        out.append(number)
+    return out
 
 
 def _first(rows: Any, limit: int | None) -> Any:
     return rows if limit is None else rows.select(range(min(limit, len(rows))))
 
 
-def in_format(rows: Any, columns: Mapping[str, str] | None = None) -> Any:
-    """Bring rows into one of TRL's formats and check each.
+def in_format(rows: Any, columns: Mapping[str, str] | None = None, formats: Formats = TASKS["sft"].formats) -> Any:
+    """Bring rows into one of `formats` and check each.
 
     Args:
-        rows: a `datasets.Dataset`. columns: `data.columns` of the recipe.
+        rows: a `datasets.Dataset`. columns: `data.columns` of the recipe. formats: the task's.
 
     Returns:
         A data set with the columns of one format only (and `tools` beside conversations).
@@ -106,37 +160,45 @@ def in_format(rows: Any, columns: Mapping[str, str] | None = None) -> Any:
     names = rows.column_names
     if (
         columns is None
-        and not any(set(wanted) <= set(names) for wanted in FORMATS)
+        and not any(set(wanted) <= set(names) for wanted in formats)
         and {"question", "answer"} <= set(names)
+        and tuple(_QUESTION_ANSWER) in formats
     ):
         columns = _QUESTION_ANSWER
     if columns is not None:
-        rows = _mapped(rows, columns)
+        rows = _mapped(rows, columns, formats)
         names = rows.column_names
-    wanted = next((wanted for wanted in FORMATS if set(wanted) <= set(names)), None)
+    wanted = next((wanted for wanted in formats if set(wanted) <= set(names)), None)
     if wanted is None:
-        raise RecipeError(_unknown_format(names))
+        raise RecipeError(_unknown_format(names, formats))
     extra = [name for name in ("tools", "chat_template_kwargs") if name in names]
     rows = rows.select_columns([*wanted, *extra])
     for column in wanted:
-        _check_column(rows, column)
+        if column == "label":
+            _check_labels(rows)
+        else:
+            _check_column(rows, column)
     return rows
 
 
-def _unknown_format(names: list[str]) -> str:
-    if {"chosen", "rejected"} <= set(names):
-        return (
-            "the rows are preference pairs (chosen, rejected), which task sft cannot train on; task dpo is not in "
-            "this version."
-        )
+def _unknown_format(names: list[str], formats: Formats) -> str:
+    for kind in TASKS.values():
+        if kind.formats != formats and any(set(wanted) <= set(names) for wanted in kind.formats):
+            meant = f"; these are rows for task {kind.name}"
+            break
+    else:
+        meant = ""
+    known = "; ".join(" and ".join(wanted) for wanted in formats)
+    first = formats[0]
+    example = ", ".join(f"{column}: {other}" for column, other in zip(first, names or ["..."], strict=False))
     return (
-        f"the columns {', '.join(names) or '(none)'} are in no known format; give prompt and completion, text, or "
-        "messages, or map them with data.columns, for example {prompt: question, completion: answer}."
+        f"the columns {', '.join(names) or '(none)'} are in no known format{meant}; give {known}, or map them with "
+        f"data.columns, for example {{{example}}}."
     )
 
 
-def _mapped(rows: Any, columns: Mapping[str, str]) -> Any:
-    problem = columns_problem(columns)
+def _mapped(rows: Any, columns: Mapping[str, str], formats: Formats) -> Any:
+    problem = columns_problem(columns, formats)
     if problem:
         raise RecipeError(problem)
     for value in columns.values():
@@ -178,20 +240,29 @@ def _filled(value: str, row: dict[str, Any], index: int) -> Any:
     return "".join(text)
 
 
+def _check_labels(rows: Any) -> None:
+    first = kind_of(rows[0]["label"])
+    for number, value in enumerate(rows["label"], start=1):
+        if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
+            raise RecipeError(f"row {number}: the label is {value!r}; it must be a whole number or a class name.")
+        if kind_of(value) != first:
+            raise RecipeError(f"row {number}: column 'label' holds {kind_of(value)}, but row 1 holds {first}.")
+
+
 def _check_column(rows: Any, column: str) -> None:
     first = kind_of(rows[0][column])
     for number, value in enumerate(rows[column], start=1):
         if value is not None and kind_of(value) != first != "nothing":
             raise RecipeError(f"row {number}: column {column!r} holds {kind_of(value)}, but row 1 holds {first}.")
-        if isinstance(value, str) and column not in ("messages", "conversations"):
+        if isinstance(value, str) and column not in _MESSAGES:
             if not value and column == "text":
                 raise RecipeError(f"row {number}: column 'text' is empty; remove the row.")
             continue
-        problem = _message_problem(value) if isinstance(value, list) and column != "text" else None
+        problem = _message_problem(value) if isinstance(value, list) and column not in _TEXT else None
         if value is None:
             problem = "is missing; every row needs it"
-        elif not isinstance(value, list) or column == "text":
-            wanted = "a list of messages" if column in ("messages", "conversations") else "text"
+        elif not isinstance(value, list) or column in _TEXT:
+            wanted = "a list of messages" if column in _MESSAGES else "text"
             problem = f"holds {kind_of(value)} ({str(value)[:40]!r}), but must hold {wanted}"
         if problem:
             raise RecipeError(f"row {number}: column {column!r} {problem}.")

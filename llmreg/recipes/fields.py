@@ -19,7 +19,7 @@ from .document import Location
 from .load import nearest, suggestion
 from .schema import Recipe
 
-__all__ = ["check_fields"]
+__all__ = ["check_fields", "hints"]
 
 _PLAIN = (bool, int, float, str, list, dict, tuple, type(None))
 
@@ -42,22 +42,22 @@ def check_fields(
     Raises:
         RecipeError: an unknown name (with a suggestion), a managed field, or a value of another type.
     """
-    hints = _hints(config_class)
-    offered = [name for name in hints if name not in managed and name not in hidden]
+    known = hints(config_class)
+    offered = [name for name in known if name not in managed and name not in hidden]
     for name, value in values.items():
         location: Location = (section, name)
         if name in managed:
             raise recipe.error(location, f"{section}.{name} is not set here: {managed[name]}.", at_key=True)
-        if name not in hints:
+        if name not in known:
             message = f"unknown key '{section}.{name}' (not a field of {config_class.__name__}); "
             raise recipe.error(location, message + suggestion(name, offered), at_key=True)
-        problem = _mismatch(hints[name], value)
+        problem = _mismatch(known[name], value)
         if problem:
             raise recipe.error(location, f"{section}.{name} {problem}" + ("" if problem.endswith("?") else "."))
 
 
 @functools.cache
-def _hints(config_class: Any) -> dict[str, Any]:
+def hints(config_class: Any) -> dict[str, Any]:
     """Annotations of the fields that the constructor takes."""
     try:
         annotations = typing.get_type_hints(config_class)

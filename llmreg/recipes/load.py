@@ -1,8 +1,15 @@
-"""From a file and `key=value` overrides to a checked `Recipe`; every complaint says where and what to write instead."""
+"""From a file and `key=value` overrides to a checked `Recipe`; every complaint says where and what to write instead.
+
+`include: other.yaml` (relative to the file it stands in) lays this recipe over another: mappings are merged key by key,
+everything else replaces. `${NAME}` and `${NAME:-default}` in paths and names of models and data are taken from the
+environment.
+"""
 
 from __future__ import annotations
 
 import difflib
+import os
+import re
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +24,18 @@ from .schema import SECTIONS_TO_COME, Recipe
 
 __all__ = ["dump_recipe", "load_recipe", "make_recipe", "nearest", "suggestion"]
 
+_MOST_INCLUDES = 8
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+#: Where the environment may stand.
+_PATHS = (
+    ("model", "name"),
+    ("data", "train"),
+    ("data", "test"),
+    ("evaluation", "tasks"),
+    ("evaluation", "forgetting"),
+    ("output", "dir"),
+)
+
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, apply overrides, and check every key and value that is llmreg's own.
@@ -28,7 +47,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: with file, line and column, what was found and what to write.
     """
-    document = parse(read_text(path), str(path))
+    document = _included(parse(read_text(path), str(path)), Path(path).expanduser().parent)
     for override in overrides:
         _apply(document, override)
     return _validate(document)
@@ -44,7 +63,7 @@ def make_recipe(values: Mapping[str, Any], overrides: Sequence[str] = (), *, nam
         text = yaml.safe_dump(dict(values), sort_keys=False)
     except yaml.YAMLError as error:
         raise RecipeError(f"{name}: a recipe holds plain values only: {error}.") from None
-    document = Document(name, parse(text, name).values, places={(): name})
+    document = _included(Document(name, parse(text, name).values, places={(): name}), Path())
     for override in overrides:
         _apply(document, override)
     return _validate(document)
@@ -74,6 +93,73 @@ def nearest(given: str, known: Iterable[str]) -> str | None:
     return near[0] if near else None
 
 
+def _included(document: Document, folder: Path, above: tuple[Path, ...] = ()) -> Document:
+    """`document` laid over the recipe that its `include` names, if it has one."""
+    if "include" not in document.values:
+        return document
+    name = document.values.pop("include")
+    if not isinstance(name, str) or not name:
+        raise document.error(("include",), f"include should be the path of one recipe, not {reprlib.repr(name)}.")
+    try:
+        file = (folder / Path(_from_environment(name)).expanduser()).resolve()
+        if file in above or len(above) >= _MOST_INCLUDES:
+            raise RecipeError(f"{name} includes itself" if file in above else "recipes include each other too deeply")
+        base = _included(parse(read_text(file), _shown(file)), file.parent, (*above, file))
+    except (RecipeError, OSError, RuntimeError, ValueError) as error:
+        raise document.error(("include",), str(error)) from None
+    return _overlaid(base, document)
+
+
+def _shown(file: Path) -> str:
+    try:
+        return str(file.relative_to(Path.cwd()))
+    except ValueError:
+        return str(file)
+
+
+def _overlaid(base: Document, top: Document) -> Document:
+    def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+        merged = dict(below)
+        for key, value in above.items():
+            both = isinstance(value, dict) and isinstance(below.get(key), dict)
+            merged[key] = merge(below[key], value) if both else value
+        return merged
+
+    keys, places = {**base.keys, **top.keys}, {**base.places, **top.places}
+    return Document(top.name, merge(base.values, top.values), keys, places)
+
+
+def _from_environment(text: str) -> str:
+    """`text` with `${NAME}` and `${NAME:-default}` filled in.
+
+    Raises:
+        RecipeError: a variable that is not set and has no default.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        name, default = match.group(1), match.group(2)
+        found = os.environ.get(name, default)
+        if found is None:
+            raise RecipeError(f"the environment variable {name} is not set; set it, or write ${{{name}:-a default}}.")
+        return found
+
+    return _VARIABLE.sub(value, text)
+
+
+def _fill_environment(values: Any, location: Location, document: Document) -> Any:
+    """`values` at `location`, with the environment filled into every text."""
+    if isinstance(values, dict):
+        return {key: _fill_environment(value, (*location, key), document) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_fill_environment(value, (*location, i), document) for i, value in enumerate(values)]
+    if not isinstance(values, str):
+        return values
+    try:
+        return _from_environment(values)
+    except RecipeError as error:
+        raise document.error(location, str(error)) from None
+
+
 def _apply(document: Document, override: str) -> None:
     key, equals, text = override.partition("=")
     name = f"argument {override!r}" if len(override) <= 80 else f"argument {override[:77]!r}..."
@@ -101,6 +187,10 @@ def _validate(document: Document) -> Recipe:
     for section in SECTIONS_TO_COME:
         if document.values.get(section) is not None:
             raise document.error((section,), f"{section} is not in this version of llmreg; remove it.", at_key=True)
+    for section, key in _PATHS:
+        inner = document.values.get(section)
+        if isinstance(inner, dict) and key in inner:
+            inner[key] = _fill_environment(inner[key], (section, key), document)
     try:
         recipe = Recipe.model_validate(document.values)
     except ValidationError as error:
@@ -121,7 +211,8 @@ def _explain(document: Document, error: ValidationError) -> RecipeError:
     if problem["type"] == "missing":
         return document.error(location[:-1], f"{dotted!r} is missing; it must be given.", at_key=True)
     if problem["type"] in ("to_come", "unknown_task"):
-        return document.error(location, f"{problem['msg']}.")
+        message = problem["msg"]
+        return document.error(location, message if message.endswith("?") else f"{message}.")
     if problem["type"] in ("model_type", "model_attributes_type"):
         expected = "should be a mapping of keys to values"
     else:

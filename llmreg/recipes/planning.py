@@ -15,8 +15,9 @@ from .conflicts import check_adapter, check_environment, check_output, check_sou
 from .fields import check_fields
 from .quiet import quiet
 from .schema import Recipe
+from .tasks import TASKS, TaskKind, config_class
 
-__all__ = ["Plan", "plan"]
+__all__ = ["Plan", "adapter_fields_left_out", "plan", "training_fields_left_out"]
 
 _ADAPTER_MANAGED = {
     "peft_type": "the method decides it",
@@ -33,8 +34,8 @@ _TRAINING_MANAGED = {
     "seed": "write it as seed at the top of the recipe",
     "model_init_kwargs": "write revision, dtype and quantization under model",
     "trust_remote_code": "llmreg runs no code from model repositories",
-    "push_to_hub": "publishing is not in this version",
-    "resume_from_checkpoint": "resuming is not in this version",
+    "push_to_hub": "publish the result with llmreg push",
+    "resume_from_checkpoint": "continue with llmreg train RECIPE --resume",
     "do_train": "train always trains",
     "do_eval": "write what to measure under evaluation",
     "do_predict": "write what to measure under evaluation",
@@ -55,7 +56,7 @@ class Plan:
     Attributes:
         recipe: as given. method: its row in the catalogue.
         adapter: an instance of the method's config class.
-        training: an `SFTConfig`; its output folder is `output.dir/checkpoints`.
+        training: an instance of the task's config class; its output folder is `output.dir/checkpoints`.
         exported_rank: the largest rank of the plain LoRA that is published.
     """
 
@@ -66,8 +67,11 @@ class Plan:
     exported_rank: int
 
 
-def plan(recipe: Recipe) -> Plan:
+def plan(recipe: Recipe, *, resume: bool = False) -> Plan:
     """Settle a recipe.
+
+    Args:
+        resume: the output folder may hold an unfinished run.
 
     Raises:
         RecipeError: unknown fields, wrong types, or a conflict of law 6; with where it was written.
@@ -80,7 +84,8 @@ def plan(recipe: Recipe) -> Plan:
         check_training(recipe, training)
         check_environment(recipe, training)
         check_sources(recipe)
-        check_output(recipe)
+        if not resume:
+            check_output(recipe)
     return Plan(recipe, method, adapter, training, exported_rank)
 
 
@@ -93,23 +98,42 @@ def _method(recipe: Recipe) -> Method:
 
 def _adapter(recipe: Recipe, method: Method) -> Any:
     """The config instance; its own refusals get the place of the field they name."""
-    config_class = method.config_class()
+    peft_class = method.config_class()
     settings = recipe.adapter.settings
     managed = dict(_ADAPTER_MANAGED)
     if method.kind == "lora":
         managed.update(_changes_base(settings))
-    hidden: frozenset[str] = frozenset()
-    if method.kind == "additive":
-        from ..adapters.config import REFUSED_FIELDS
-
-        hidden = frozenset(REFUSED_FIELDS)
-    check_fields(recipe, "adapter", settings, config_class, managed=managed, hidden=hidden)
+    check_fields(recipe, "adapter", settings, peft_class, managed=managed, hidden=_refused_by(method))
     if method.kind == "additive":
         settings.setdefault("seed", recipe.seed)
     try:
-        return config_class(task_type="CAUSAL_LM", **settings)
+        return peft_class(task_type=TASKS[recipe.task].peft_task_type, **settings)
     except (LlmregError, ValueError, TypeError) as error:
         raise recipe.error(_field_in(str(error), "adapter", settings), _sentence(error)) from None
+
+
+def _refused_by(method: Method) -> frozenset[str]:
+    """Inherited fields that the method's config refuses itself."""
+    if method.kind != "additive":
+        return frozenset()
+    from ..adapters.config import REFUSED_FIELDS
+
+    return frozenset(REFUSED_FIELDS)
+
+
+def adapter_fields_left_out(method: Method) -> frozenset[str]:
+    """Fields of the method's config that a recipe does not set."""
+    return frozenset(_ADAPTER_MANAGED) | _refused_by(method)
+
+
+def training_fields_left_out(kind: TaskKind) -> frozenset[str]:
+    """Fields of the task's config that a recipe does not set."""
+    return frozenset(_training_managed(kind))
+
+
+def _training_managed(kind: TaskKind) -> dict[str, str]:
+    renamed = {old: f"it has been renamed, write training.{new}" for old, new in _DEPRECATED.items()}
+    return {**_TRAINING_MANAGED, **kind.refused, **renamed}
 
 
 def _changes_base(settings: dict[str, Any]) -> dict[str, str]:
@@ -121,13 +145,12 @@ def _changes_base(settings: dict[str, Any]) -> dict[str, str]:
 
 
 def _training(recipe: Recipe) -> Any:
-    """TRL's config, with what the machine and the recipe's other sections decide."""
+    """The task's config, with what the machine and the recipe's other sections decide."""
     import torch
-    from trl import SFTConfig
 
-    managed = dict(_TRAINING_MANAGED)
-    managed.update({old: f"TRL has renamed it, write training.{new}" for old, new in _DEPRECATED.items()})
-    check_fields(recipe, "training", recipe.training, SFTConfig, managed=managed)
+    kind = TASKS[recipe.task]
+    arguments_class = config_class(kind)
+    check_fields(recipe, "training", recipe.training, arguments_class, managed=_training_managed(kind))
     gpu = torch.cuda.is_available() and not recipe.training.get("use_cpu", False)
     defaults: dict[str, Any] = {
         "use_cpu": not gpu,
@@ -139,7 +162,7 @@ def _training(recipe: Recipe) -> Any:
     fixed = {"output_dir": f"{recipe.output.dir}/checkpoints", "seed": recipe.seed, "disable_tqdm": True}
     settings = {**defaults, **recipe.training, **fixed}
     try:
-        return SFTConfig(**settings)
+        return arguments_class(**settings)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise recipe.error(_field_in(str(error), "training", recipe.training), _sentence(error)) from None
 

@@ -31,8 +31,13 @@ _WARNINGS: tuple[tuple[type[Warning], str, str, str], ...] = (
         "bitsandbytes' own code, not the user's",
     ),
 )
-#: (logger, start of the message, why it is harmless)
+#: (logger, part of the message, why it is harmless)
 _LOG_MESSAGES = (
+    (
+        "transformers.modeling_utils",
+        "LOAD REPORT",
+        "what a checkpoint lacks is checked in base_model.py: an error, or a new head",
+    ),
     (
         "bitsandbytes.autograd._functions",
         "MatMul8bitLt: inputs will be cast",
@@ -53,12 +58,12 @@ _LOG_MESSAGES = (
 
 
 class _Without(logging.Filter):
-    def __init__(self, start: str) -> None:
+    def __init__(self, part: str) -> None:
         super().__init__()
-        self.start = start
+        self.part = part
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return not str(record.msg).startswith(self.start)
+        return self.part not in str(record.msg)
 
 
 @contextmanager
@@ -68,7 +73,7 @@ def quiet() -> Iterator[None]:
     from huggingface_hub import constants
     from transformers.utils import logging as transformers_logging
 
-    filters = [(logging.getLogger(name), _Without(start)) for name, start, _ in _LOG_MESSAGES]
+    filters = [(logging.getLogger(name), _Without(part)) for name, part, _ in _LOG_MESSAGES]
     telemetry, bars = constants.HF_HUB_DISABLE_TELEMETRY, datasets.are_progress_bars_disabled()
     transformers_bars = transformers_logging.is_progress_bar_enabled()
     constants.HF_HUB_DISABLE_TELEMETRY = True

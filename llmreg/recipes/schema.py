@@ -6,20 +6,27 @@ those by name and type against these classes.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from .document import Document
+from .tasks import TASKS, TASKS_TO_COME
 
 __all__ = ["SECTIONS_TO_COME", "Adapter", "Data", "Evaluation", "Model", "Output", "Recipe"]
 
-_TASKS_TO_COME = ("dpo", "grpo", "classification", "edit")
 #: Sections that later versions read.
 SECTIONS_TO_COME = ("calibration", "regularizers")
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def _either(names: Iterable[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} or {last}"
 
 
 class _Section(BaseModel):
@@ -42,7 +49,8 @@ class Model(_Section):
 
 
 class Data(_Section):
-    """Training data: rows with `prompt` and `completion`, `text`, or `messages`; or `question` and `answer` (GSM8K).
+    """Training data. For sft rows with `prompt` and `completion`, `text`, or `messages`, or `question` and `answer`
+    (GSM8K); for dpo `prompt` (or not), `chosen` and `rejected`; for classification `text` and `label`.
 
     Attributes:
         train: a pocket task, a Hub id, a .jsonl, .json, .csv or .parquet file, or a folder of them.
@@ -77,7 +85,8 @@ class Evaluation(_Section):
     """What is measured before and after training.
 
     Attributes:
-        tasks: data sources with `prompt` and `completion`, scored by exact match of the greedy completion.
+        tasks: data sources; `prompt` and `completion` are scored by exact match of the greedy completion, `chosen` and
+            `rejected` by which of them is more probable, `text` and `label` by accuracy and macro F1.
         forgetting: data sources of what the base can do: exact match, or perplexity where the rows have `text`.
         heldout: rows kept back from the training data for a held-out loss.
         limit: rows read of each source; None = all.
@@ -138,10 +147,14 @@ class Recipe(_Section):
     @field_validator("task")
     @classmethod
     def _known_task(cls, task: str) -> str:
-        if task in _TASKS_TO_COME:
-            raise PydanticCustomError("to_come", f"the task {task} is not in this version of llmreg, only sft")
-        if task != "sft":
-            raise PydanticCustomError("unknown_task", f"there is no task {task!r}; write sft")
+        if task in TASKS_TO_COME:
+            raise PydanticCustomError(
+                "to_come", f"the task {task} is not in this version of llmreg; write {_either(TASKS)}"
+            )
+        if task not in TASKS:
+            near = difflib.get_close_matches(task, TASKS, n=1, cutoff=0.5)
+            meant = f"did you mean {near[0]!r}?" if near else f"write {_either(TASKS)}"
+            raise PydanticCustomError("unknown_task", f"there is no task {task!r}; {meant}")
         return task
 
     def error(self, location: tuple[str | int, ...], message: str, *, at_key: bool = False) -> Exception:

@@ -6,18 +6,16 @@ import csv
 import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import RecipeError
 
-__all__ = ["FORMATS", "SUFFIXES", "check_name", "columns_problem", "is_local", "is_pocket", "kind_of", "load_source"]
+__all__ = ["SUFFIXES", "check_name", "columns_problem", "is_local", "is_pocket", "kind_of", "load_source"]
 
 #: File endings that are read, and the reader of `datasets` for each.
 SUFFIXES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-#: TRL's formats for sft, by the columns that each needs.
-FORMATS = (("prompt", "completion"), ("messages",), ("conversations",), ("text",))
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -63,12 +61,12 @@ def check_name(name: str) -> str | None:
     )
 
 
-def columns_problem(columns: Mapping[str, str]) -> str | None:
-    """What is wrong with a recipe's `data.columns`, as a sentence, or None."""
-    if any(set(columns) == set(wanted) for wanted in FORMATS):
+def columns_problem(columns: Mapping[str, str], formats: Sequence[Sequence[str]]) -> str | None:
+    """What is wrong with a recipe's `data.columns` for a task that reads `formats`, as a sentence, or None."""
+    if any(set(columns) == set(wanted) for wanted in formats):
         return None
-    formats = "; ".join(" and ".join(wanted) for wanted in FORMATS)
-    return f"data.columns gives {', '.join(columns) or 'nothing'}; it must give one of: {formats}."
+    known = "; ".join(" and ".join(wanted) for wanted in formats)
+    return f"data.columns gives {', '.join(columns) or 'nothing'}; it must give one of: {known}."
 
 
 def load_source(name: str, split: str = "train", config: str | None = None) -> Any:

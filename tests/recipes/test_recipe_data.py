@@ -72,7 +72,7 @@ def test_a_mapping_that_makes_no_sense_is_refused(columns, said):
     ("rows", "said"),
     [
         ([{"a": "x", "b": "y"}], "the columns a, b are in no known format"),
-        ([{"prompt": "x", "chosen": "y", "rejected": "z"}], "task dpo is not in this version"),
+        ([{"prompt": "x", "chosen": "y", "rejected": "z"}], "these are rows for task dpo"),
         ([*PAIRS[:2], {"prompt": "x", "completion": None}], "row 3: column 'completion' is missing"),
         ([*PAIRS[:2], {"prompt": "x"}], "row 3: column 'completion' is missing"),
         ([{"text": "a"}, {"text": ""}], "row 2: column 'text' is empty"),

@@ -83,14 +83,14 @@ def test_a_value_of_the_wrong_type_is_named_before_anything_loads(complaint, ove
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("task=dpo", "the task dpo is not in this version of llmreg, only sft"),
-        ("task=sff", "there is no task 'sff'; write sft"),
+        ("task=grpo", "the task grpo is not in this version of llmreg; write sft, dpo or classification"),
+        ("task=sff", "there is no task 'sff'; did you mean 'sft'?"),
         ("regularizers=[{name: orthonormal}]", "regularizers is not in this version of llmreg"),
         ("calibration={data: pocket/corpus}", "calibration is not in this version of llmreg"),
         ("training.output_dir=x", "write it under output.dir"),
         ("training.seed=3", "write it as seed at the top of the recipe"),
         ("training.gradient_checkpointing=true", "write training.activation_checkpointing"),
-        ("training.push_to_hub=true", "publishing is not in this version"),
+        ("training.push_to_hub=true", "publish the result with llmreg push"),
         ("adapter.task_type=CAUSAL_LM", "the recipe's task decides it"),
     ],
 )

@@ -11,6 +11,7 @@ import torch
 from llmreg.errors import RecipeError
 from llmreg.evaluation.measure import Measurement, forgetting
 from llmreg.recipes import load_recipe, run
+from llmreg.recipes import results as results_module
 from llmreg.recipes import running as running_module
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -39,7 +40,7 @@ def quickstart(tmp_path_factory):
 
 def test_the_folder_holds_adapter_recipe_and_report_and_nothing_else(quickstart):
     _, folder = quickstart
-    assert sorted(path.name for path in folder.iterdir()) == ["adapter", "recipe.yaml", "report.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter", "recipe.yaml", "report.html", "report.json"]
     assert {"adapter_config.json", "adapter_model.safetensors", "llmreg.json"} <= {
         path.name for path in (folder / "adapter").iterdir()
     }
@@ -156,12 +157,12 @@ def test_conversations_need_a_chat_template(jsonl, tmp_path):
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit(143), OSError("No space left on device")])
-@pytest.mark.parametrize("where", ["_measure", "_train", "commit_folder"])
+@pytest.mark.parametrize("where", ["measure_suites", "_train", "commit_folder"])
 def test_an_interruption_leaves_no_half_adapter_and_no_occupied_folder(stop, where, tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise stop
 
-    monkeypatch.setattr(running_module, where, interrupted)
+    monkeypatch.setattr(results_module if where == "commit_folder" else running_module, where, interrupted)
     recipe = load_recipe(
         RECIPES / "quickstart.yaml",
         [*SHORT, f"output.dir={tmp_path / 'out'}", "evaluation={}", "adapter.r=2", "adapter.target_modules=[q_proj]"],

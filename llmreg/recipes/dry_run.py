@@ -1,0 +1,198 @@
+"""What a recipe would do, before anything is downloaded or written: targets, parameters, memory, the start's cost."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ..hub.serving import served_rank
+from .base_model import base_dtype, name_or_path
+from .building import located_in_adapter
+from .data import load_training_data, located
+from .load import dump_recipe
+from .memory import MemoryEstimate, Parameters, count, estimate, libraries_memory, outline, targets
+from .planning import Plan, plan
+from .quiet import quiet
+from .schema import Recipe
+from .sources import is_local, is_pocket
+
+__all__ = ["Preview", "preview"]
+
+#: Labels that are assumed where the data cannot be read without the network.
+_LABELS = 2
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What `preview` found out.
+
+    Attributes:
+        recipe: resolved, as YAML. method, model, task: of the recipe.
+        targets: adapted layers by the pattern that names them. layers: how many different ones.
+        parameters: of the base, trained, and kept frozen beside it.
+        memory: bytes by purpose. peak: their largest sum. available: what this machine has free, or None.
+        start_seconds: expected for the decompositions, from one timed here for each shape; 0 without any.
+        exported_rank: of the published LoRA. vllm_rank: the `--max-lora-rank` that serves it, or None.
+        notes: what is not known, not counted, or worth a second look.
+    """
+
+    recipe: str
+    method: str
+    model: str
+    task: str
+    targets: dict[str, list[str]]
+    layers: int
+    parameters: Parameters
+    memory: MemoryEstimate
+    peak: int
+    available: int | None
+    start_seconds: float
+    exported_rank: int
+    vllm_rank: int | None
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The preview as plain values."""
+        return {**asdict(self), "parameters": self.parameters._asdict()}
+
+    def renderables(self) -> list[Any]:
+        """What `rich` prints: the recipe, targets, memory and the rest."""
+        from rich.markup import escape
+        from rich.table import Table
+
+        layers = Table(
+            "target", "layers", "first and last", title=f"{self.layers} adapted layers", title_justify="left"
+        )
+        for pattern, names in self.targets.items():
+            ends = "nothing" if not names else names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
+            layers.add_row(escape(pattern), str(len(names)), escape(ends))
+        memory = Table("memory", "MiB", title="expected at the peak", title_justify="left")
+        for name, value in asdict(self.memory).items():
+            if name != "notes":
+                memory.add_row(name, "not known" if value is None else f"{value / 2**20:,.0f}")
+        available = "" if self.available is None else f" of {self.available / 2**20:,.0f} available"
+        memory.add_row("[bold]peak[/]", f"[bold]{self.peak / 2**20:,.0f}[/]{available}")
+        base, trained, frozen = self.parameters
+        served = f"vLLM: --max-lora-rank {self.vllm_rank}" if self.vllm_rank else "more than vLLM serves"
+        lines = [
+            f"[bold]Parameters[/]  {trained:,} trained ({trained / (base + trained + frozen):.2%}), {frozen:,} frozen "
+            f"beside them, {base:,} of the base",
+            f"[bold]Start[/]       about {self.start_seconds:.1f} s of decompositions",
+            f"[bold]Published[/]   plain LoRA of rank {self.exported_rank} ({served})",
+            *(f"[bold]Note[/]        {escape(note)}" for note in self.notes),
+            "Nothing was downloaded or written.",
+        ]
+        return [escape(self.recipe), layers, memory, *lines]
+
+
+def preview(recipe: Recipe) -> Preview:
+    """Settle a recipe and say what it would do; reads the model's config, local data, and nothing else.
+
+    Raises:
+        RecipeError: what `plan` refuses, a target that matches nothing, or a config that is not on this machine.
+    """
+    libraries = None
+    with quiet():
+        settled = plan(recipe)
+        gpu = not settled.training.use_cpu
+        if not gpu:
+            libraries = libraries_memory()
+        labels, notes = _labels(recipe)
+        with located(recipe, "model", "name"):
+            model = outline(name_or_path(recipe), revision=recipe.model.revision, task=_task(recipe), num_labels=labels)
+        with located_in_adapter(recipe, model):
+            found = targets(model, settled.adapter)
+            memory = estimate(
+                model,
+                settled.adapter,
+                settled.training,
+                task=_task(recipe),
+                dtype=base_dtype(recipe, gpu),
+                quantization=recipe.model.quantization,
+                gpu=gpu,
+                libraries=libraries,
+            )
+            adapted = _adapted(model, settled)
+        adapted_layers = sorted({name for names in found.values() for name in names})
+        if not adapted_layers:
+            raise recipe.error(
+                ("adapter", "target_modules"),
+                f"target_modules {', '.join(found)} matches no layer of {recipe.model.name}.",
+            )
+        notes += [f"{pattern} matches no layer." for pattern, names in found.items() if not names]
+        available = _available(gpu)
+        if available is not None and memory.peak > available:
+            notes.append("The peak is more than is free: lower the batch size or max_length, or quantise the base.")
+    return Preview(
+        recipe=dump_recipe(recipe),
+        method=settled.method.name,
+        model=recipe.model.name,
+        task=recipe.task,
+        targets=found,
+        layers=len(adapted_layers),
+        parameters=count(adapted),
+        memory=memory,
+        peak=memory.peak,
+        available=available,
+        start_seconds=_start_seconds(settled, model, adapted_layers),
+        exported_rank=settled.exported_rank,
+        vllm_rank=served_rank(settled.exported_rank),
+        notes=(*notes, *memory.notes),
+    )
+
+
+def _task(recipe: Recipe) -> Any:
+    return recipe.task
+
+
+def _adapted(model: torch.nn.Module, settled: Plan) -> Any:
+    from peft import get_peft_model
+
+    return get_peft_model(model, settled.adapter, low_cpu_mem_usage=True)
+
+
+def _labels(recipe: Recipe) -> tuple[int | None, list[str]]:
+    """The number of classes, where the data lies on this machine."""
+    if recipe.task != "classification":
+        return None, []
+    if is_pocket(recipe.data.train) or is_local(recipe.data.train):
+        classes = load_training_data(recipe).classes
+        assert classes is not None
+        return len(classes), []
+    return _LABELS, [f"The number of classes is not known before the data is downloaded; {_LABELS} are assumed."]
+
+
+def _start_seconds(settled: Plan, model: torch.nn.Module, layers: list[str]) -> float:
+    """One decomposition of each shape, timed on a random matrix with a falling spectrum, times the number of layers."""
+    if settled.method.kind != "additive":
+        return 0.0
+    modules = dict(model.named_modules())
+    shapes = Counter(tuple(modules[name].weight.shape) for name in layers if name in modules)
+    generator = torch.Generator().manual_seed(0)
+    device = "cpu" if settled.training.use_cpu else "cuda"
+    seconds = 0.0
+    for shape, number in shapes.items():
+        falling = torch.arange(1, shape[1] + 1, dtype=torch.float32) ** -0.6
+        matrix = (torch.randn(shape, generator=generator) * falling).to(device)
+        rank = min(settled.adapter.r, *shape)
+        settled.adapter.start(matrix[:64, :64], min(rank, 8), 1.0)  # kernels and libraries load outside the measurement
+        started = time.perf_counter()
+        settled.adapter.start(matrix, rank, 1.0).A.sum().item()
+        seconds += number * (time.perf_counter() - started)
+    return seconds
+
+
+def _available(gpu: bool) -> int | None:
+    """Bytes free on the GPU, or the process's present memory and what the system can still give it."""
+    if gpu:
+        return int(torch.cuda.mem_get_info()[0])
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+    return free + libraries_memory()

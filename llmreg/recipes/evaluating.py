@@ -1,0 +1,163 @@
+"""Measuring an adapter that exists: the base, the adapter and the merged model on the sources of a recipe."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import RecipeError
+from ..evaluation.measure import Suite, forgetting
+from ..evaluation.report import machine
+from ..versions import library_versions
+from .base_model import load_base
+from .data import load_training_data
+from .load import load_recipe, make_recipe
+from .planning import plan
+from .quiet import quiet
+from .running import measure_suites, suites_of
+from .schema import Recipe
+
+__all__ = ["Evaluation", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` measured.
+
+    Attributes:
+        model: the base. adapter: its folder, or None.
+        scores: one a source and metric: {"name", "metric", "role", "rows", "base", "adapter", "merged", "forgetting"};
+            `adapter` and `merged` are None where they were not measured. `forgetting` is positive where something was
+            lost: of exact match and accuracies the fall, of perplexity the rise of the mean loss in nats a token, as
+            PEFT's method comparison defines it.
+        seconds: of the whole. versions, machine: of the libraries, and of what it ran on.
+    """
+
+    model: str
+    adapter: str | None
+    scores: tuple[dict[str, Any], ...]
+    seconds: float
+    versions: dict[str, str] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The evaluation as plain values."""
+        return asdict(self)
+
+    def renderables(self) -> list[Any]:
+        """What `rich` prints: one table."""
+        from rich.table import Table
+
+        table = Table(title=f"{self.adapter or 'no adapter'} on {self.model}", title_justify="left")
+        table.add_column("score")
+        for column in ("base", "adapter", "merged", "forgetting"):
+            table.add_column(column, justify="right")
+        for row in self.scores:
+            label = f"{row['name']} ({row['metric']}, {row['rows']} rows)"
+            values = [_cell(row["metric"], row[column]) for column in ("base", "adapter", "merged")]
+            lost = row["forgetting"]
+            table.add_row(label, *values, "" if lost is None else f"{lost:+.3f}")
+        return [table]
+
+
+def _cell(metric: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if metric == "perplexity" else f"{value:.1%}"
+
+
+def evaluate(source: str | Path, overrides: Sequence[str] = (), *, merged: bool = True) -> Evaluation:
+    """Measure on the recipe's `evaluation` sources, before (the base), with the adapter, and with it merged in.
+
+    Args:
+        source: a recipe (its `output.dir/adapter` is measured if it is there), the output folder of a run, or an
+            adapter: a folder or a Hub id. An adapter without a recipe beside it needs `evaluation.tasks=[...]`.
+        overrides: as of `load_recipe`.
+        merged: also merge the adapter into the weights in memory, and measure that.
+
+    Raises:
+        RecipeError: nothing to measure, or what `load_recipe` refuses.
+        AdapterFileError: a damaged adapter, or one of another base.
+    """
+    started = time.perf_counter()
+    recipe, adapter = _resolved(source, overrides)
+    if not (recipe.evaluation.tasks or recipe.evaluation.forgetting):
+        raise recipe.error(
+            ("evaluation",), "there is nothing to measure; write evaluation.tasks=[...] or evaluation.forgetting=[...]."
+        )
+    with quiet():
+        settled = plan(recipe, resume=True)
+        suites = suites_of(recipe)
+        classes = load_training_data(recipe).classes if recipe.task == "classification" else None
+        model, tokenizer = load_base(recipe, gpu=not settled.training.use_cpu, classes=classes)
+        scores = {"base": measure_suites(recipe, model, tokenizer, suites), "adapter": {}, "merged": {}}
+        if adapter is not None:
+            from peft import PeftModel
+
+            import llmreg.hub  # noqa: F401, mounts adapters that have a sidecar as what they are
+
+            model = PeftModel.from_pretrained(model, adapter)
+            scores["adapter"] = measure_suites(recipe, model, tokenizer, suites)
+            if merged:
+                model.base_model.merge_adapter()
+                scores["merged"] = measure_suites(recipe, model, tokenizer, suites)
+    return Evaluation(
+        model=recipe.model.name,
+        adapter=adapter,
+        scores=tuple(_rows(suites, scores)),
+        seconds=time.perf_counter() - started,
+        versions=library_versions(),
+        machine=machine(),
+    )
+
+
+def _rows(suites: dict[str, list[Suite]], scores: dict[str, dict[tuple[str, str], float]]) -> list[dict[str, Any]]:
+    rows = []
+    for role, members in suites.items():
+        for suite in members:
+            for metric in suite.metrics:
+                values = {form: measured.get((suite.name, metric)) for form, measured in scores.items()}
+                lost = None
+                if role == "forgetting" and values["base"] is not None and values["adapter"] is not None:
+                    lost = forgetting(metric, values["base"], values["adapter"])
+                identity = {"name": suite.name, "metric": metric, "role": role, "rows": len(suite.rows)}
+                rows.append({**identity, **values, "forgetting": lost})
+    return rows
+
+
+def _resolved(source: str | Path, overrides: Sequence[str]) -> tuple[Recipe, str | None]:
+    """The recipe to measure by, and the adapter's folder or Hub id."""
+    path = Path(source).expanduser()
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        recipe = load_recipe(source, overrides)
+        folder = Path(recipe.output.dir).expanduser() / "adapter"
+        return recipe, str(folder) if folder.is_dir() else None
+    run = path if (path / "adapter").is_dir() else path.parent
+    adapter = path / "adapter" if run is path else path
+    if (run / "recipe.yaml").is_file() and adapter.is_dir():
+        return load_recipe(run / "recipe.yaml", overrides), str(adapter)
+    if not path.is_dir() and str(source).count("/") != 1:
+        raise RecipeError(f"{source} is neither a recipe, a folder nor a Hub id; give one of them.")
+    return _recipe_for(str(source), overrides), str(path) if path.is_dir() else str(source)
+
+
+def _recipe_for(adapter: str, overrides: Sequence[str]) -> Recipe:
+    """A recipe that only measures, for an adapter that comes without one."""
+    from peft import PeftConfig
+
+    try:
+        base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise RecipeError(
+            f"{adapter} holds no adapter that PEFT can read: {' '.join(str(error).split())[:300]}."
+        ) from None
+    values = {
+        "model": {"name": base or "pocket"},
+        "data": {"train": "pocket/word-problems"},
+        "adapter": {"method": "lora"},
+        "output": {"dir": "."},
+    }
+    return make_recipe(values, overrides, name=adapter)

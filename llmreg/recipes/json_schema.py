@@ -1,0 +1,89 @@
+"""The JSON schema of a recipe, from which editors complete and check while typing.
+
+What a method's config and TRL's config take is read from the classes that are installed, so the schema knows every
+field that `llmreg validate` knows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from pydantic import TypeAdapter
+from pydantic.errors import PydanticUserError
+
+from ..methods import catalogue
+from .fields import hints
+from .planning import adapter_fields_left_out, training_fields_left_out
+from .schema import Recipe
+from .tasks import TASKS, config_class
+
+__all__ = ["recipe_schema"]
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON Schema (draft 7) of a recipe; `training` depends on `task`, and `adapter` on its `method`."""
+    schema = Recipe.model_json_schema()
+    properties = schema["properties"]
+    properties["include"] = {"type": "string", "description": "A recipe that this one is laid over."}
+    properties["task"] = {"enum": list(TASKS), "default": "sft", "description": "What is trained."}
+    properties["training"] = {"type": "object", "description": "Any field of the task's TRL or transformers config."}
+    methods = list(catalogue().values())
+    properties["adapter"] = {
+        "type": "object",
+        "required": ["method"],
+        "properties": {"method": {"enum": [row.name for row in methods], "description": "See `llmreg methods`."}},
+        "allOf": [
+            {
+                "if": {"properties": {"method": {"const": row.name}}, "required": ["method"]},
+                "then": {
+                    "properties": {
+                        "method": {"const": row.name, "description": row.what},
+                        **_fields(row.config_class(), adapter_fields_left_out(row)),
+                    },
+                    "additionalProperties": False,
+                },
+            }
+            for row in methods
+        ],
+    }
+    schema["allOf"] = [
+        {
+            "if": {"properties": {"task": {"const": kind.name}}, "required": [] if kind.name == "sft" else ["task"]},
+            "then": {
+                "properties": {
+                    "training": {
+                        "properties": _fields(config_class(kind), training_fields_left_out(kind)),
+                        "additionalProperties": False,
+                    }
+                }
+            },
+        }
+        for kind in TASKS.values()
+    ]
+    # A recipe that includes another may leave any section to it.
+    required = schema.pop("required")
+    schema["anyOf"] = [{"required": ["include"]}, {"required": required}]
+    return {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        **schema,
+        "title": "llmreg recipe",
+        "description": "What `llmreg train` does; `llmreg schema` prints this schema.",
+    }
+
+
+def _fields(config: Any, left_out: frozenset[str]) -> dict[str, Any]:
+    """The properties that the dataclass `config` takes."""
+    texts = {field.name: field.metadata.get("help") for field in dataclasses.fields(config)}
+    out = {}
+    for name, annotation in hints(config).items():
+        if name not in left_out:
+            try:
+                value = TypeAdapter(annotation).json_schema()
+            except (PydanticUserError, NameError, TypeError):  # a type that only exists in Python
+                value = {}
+            if "$defs" in value:  # enumerations and nested classes of the libraries: checked by `llmreg validate`
+                value = {}
+            text = " ".join(str(texts[name]).split()) if texts.get(name) else None
+            out[name] = {**value, **({"description": text} if text else {})}
+    return out

@@ -1,0 +1,132 @@
+"""What a run leaves behind: the adapter with its card, the export, the recipe and the reports; each by rename."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from ..evaluation.html_report import write_html
+from ..evaluation.measure import Measurement, Suite
+from ..evaluation.report import Report, machine, peak_memory_mib
+from ..files import commit_folder, staged_folder, write_json, write_text
+from ..hub import read_sidecar
+from ..hub.card import write_card
+from ..hub.spectra import update_spectra
+from ..versions import library_versions
+from .load import dump_recipe
+from .planning import Plan
+from .tasks import TASKS
+
+__all__ = ["report_of", "save_adapter", "write_reports"]
+
+Scores = dict[tuple[str, str], float]
+
+
+def save_adapter(settled: Plan, model: Any, folder: Path) -> dict[str, Any] | None:
+    """Write `adapter/`, and `lora/` if the recipe gives a rank or dtype; returns the facts of that export."""
+    from peft.utils import CONFIG_NAME
+
+    output = settled.recipe.output
+    adapter = folder / "adapter"
+    with staged_folder(adapter) as staging:
+        model.save_pretrained(str(staging))
+        commit_folder(staging, adapter, marker=CONFIG_NAME)
+    if not output.rank and not output.dtype:
+        return None
+    from ..hub import export_lora
+
+    done = export_lora(adapter, folder / "lora", rank=output.rank, dtype=output.dtype)
+    return {
+        "path": str(folder / "lora"),
+        "rank": done.rank,
+        "dtype": done.dtype,
+        "relative_error": done.relative_error,
+    }
+
+
+def write_reports(report: Report, folder: Path) -> None:
+    """Write `recipe.yaml`, the cards, `report.html`, and last `report.json`."""
+    assert report.recipe is not None
+    values = report.as_dict()
+    write_text(folder / "recipe.yaml", report.recipe)
+    for name in ("adapter", "lora"):
+        if (folder / name).is_dir():
+            write_card(folder / name, recipe=report.recipe, report=values)
+    write_html(values, folder / "report.html")
+    write_json(folder / "report.json", values)
+
+
+def report_of(
+    settled: Plan,
+    trainer: Any,
+    outcome: Any,
+    folder: Path,
+    *,
+    classes: Sequence[str] | None,
+    suites: dict[str, list[Suite]],
+    before: Scores,
+    after: Scores,
+    **facts: Any,
+) -> Report:
+    """The report of a run whose adapter is saved; `facts` are its remaining fields."""
+    recipe, model, adapter = settled.recipe, trainer.model, folder / "adapter"
+    sidecar = read_sidecar(adapter)
+    trainable, total = model.get_nb_trainable_parameters()
+    curve = tuple(
+        {key: float(line[key]) for key in ("step", "loss", "learning_rate") if key in line}
+        for line in trainer.state.log_history
+        if "loss" in line
+    )
+    return Report(
+        method=settled.method.name,
+        model=recipe.model.name,
+        seed=recipe.seed,
+        measurements=_paired(suites, before, after),
+        steps=int(outcome.global_step),
+        train_loss=_mean_loss(curve, float(outcome.training_loss)),
+        losses=curve,
+        trainable_parameters=trainable,
+        total_parameters=total,
+        adapter_bytes=(adapter / "adapter_model.safetensors").stat().st_size,
+        rank=settled.method.saved_rank * max([settled.adapter.r, *(settled.adapter.rank_pattern or {}).values()]),
+        start_hash=sidecar.start_hash if sidecar else None,
+        peak_memory_mib=peak_memory_mib(),
+        adapter=str(adapter),
+        load=_how_to_load(settled, adapter, classes),
+        versions=library_versions(),
+        machine=machine(),
+        singular_values=update_spectra(adapter),
+        recipe=dump_recipe(recipe),
+        **facts,
+    )
+
+
+def _paired(suites: dict[str, list[Suite]], before: Scores, after: Scores) -> tuple[Measurement, ...]:
+    return tuple(
+        Measurement(suite.name, metric, role, len(suite.rows), before[suite.name, metric], after[suite.name, metric])
+        for role, members in suites.items()
+        for suite in members
+        for metric in suite.metrics
+    )
+
+
+def _mean_loss(curve: tuple[dict[str, float], ...], otherwise: float) -> float:
+    """The mean over all steps that were logged; transformers' own forgets the steps before a resume."""
+    steps = [0.0, *(line["step"] for line in curve)]
+    weights = [after - before for before, after in pairwise(steps)]
+    if not sum(weights):
+        return otherwise
+    return sum(weight * line["loss"] for weight, line in zip(weights, curve, strict=True)) / sum(weights)
+
+
+def _how_to_load(settled: Plan, adapter: Path, classes: Sequence[str] | None) -> tuple[str, ...]:
+    recipe = settled.recipe
+    name = "llmreg.pocket.path()" if recipe.model.name == "pocket" else repr(recipe.model.name)
+    base = f"transformers.{TASKS[recipe.task].auto_class}.from_pretrained({name})"
+    if classes is not None:
+        base = f"{base[:-1]}, num_labels={len(classes)})"
+    elif recipe.model.name == "pocket":
+        base = "llmreg.pocket.load_model()"
+    return (f"base = {base}", f"model = peft.PeftModel.from_pretrained(base, {str(adapter)!r})")

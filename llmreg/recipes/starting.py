@@ -1,0 +1,119 @@
+"""Decomposing once, offline: the starts of a recipe's adapter into a folder from which training takes them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .planning import plan
+from .quiet import quiet
+from .schema import Recipe
+
+__all__ = ["StartReport", "clear_starts", "list_starts", "prepare_starts", "starts_table"]
+
+
+@dataclass(frozen=True)
+class StartReport:
+    """What `prepare_starts` did.
+
+    Attributes:
+        path: the folder of the cache. method, model: of the recipe.
+        layers: adapted layers. found: those whose start was there already. computed: the others.
+        entries, bytes: of the whole cache afterwards. seconds: it took, loading the model included.
+    """
+
+    path: str
+    method: str
+    model: str
+    layers: int
+    found: int
+    computed: int
+    entries: int
+    bytes: int
+    seconds: float
+
+
+def prepare_starts(recipe: Recipe, folder: str | Path | None = None) -> StartReport:
+    """Decompose the weights that the recipe adapts, and keep the starts in `folder`.
+
+    Entries are found by the bytes of the weight, the method, rank, scaling, seed and settings, so any recipe with the
+    same ones takes them; a second call computes nothing. Several processes may fill one folder.
+
+    Args:
+        folder: default: `starts` in the folder of `LLMREG_CACHE` (by default `~/.cache/llmreg`), where `train` looks.
+
+    Raises:
+        RecipeError: the recipe is wrong, or its method starts from noise, so that there is nothing to keep.
+        LlmregError: a weight or layer that the method cannot work on.
+    """
+    from ..adapters.start_cache import contents, use_starts
+
+    started = time.perf_counter()
+    target = _folder(folder)
+    with quiet():
+        settled = plan(recipe, resume=True)
+        if settled.method.kind != "additive":
+            raise recipe.error(
+                ("adapter", "method"),
+                f"{settled.method.name} starts from random numbers, so there is nothing to decompose before training.",
+            )
+        from peft import get_peft_model
+
+        from .base_model import load_base
+        from .building import located_in_adapter
+        from .data import load_training_data
+
+        classes = load_training_data(recipe).classes if recipe.task == "classification" else None
+        model, _ = load_base(recipe, gpu=not settled.training.use_cpu, classes=classes)
+        with use_starts(target) as cache, located_in_adapter(recipe, model):
+            get_peft_model(model, settled.adapter)
+    assert cache is not None
+    kept = contents(target)
+    return StartReport(
+        path=str(target),
+        method=settled.method.name,
+        model=recipe.model.name,
+        layers=cache.layers,
+        found=cache.hits,
+        computed=cache.layers - cache.hits,
+        entries=len(kept),
+        bytes=sum(entry.bytes for entry in kept),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def clear_starts(folder: str | Path | None = None) -> tuple[int, int]:
+    """Remove all starts from the cache, and nothing else in the folder; (count, bytes) removed."""
+    from ..adapters.start_cache import clear
+
+    return clear(_folder(folder))
+
+
+def list_starts(folder: str | Path | None = None) -> list[dict[str, Any]]:
+    """What the cache holds, last used first."""
+    from ..adapters.start_cache import contents
+
+    return [
+        {**asdict(entry), "last_use": entry.last_use.isoformat(" ", "seconds")} for entry in contents(_folder(folder))
+    ]
+
+
+def starts_table(folder: str | Path | None = None) -> Any:
+    """`list_starts` as a table for `rich`."""
+    from rich.table import Table
+
+    rows = list_starts(folder)
+    title = f"{_folder(folder)}: {len(rows)} starts, {sum(row['bytes'] for row in rows) / 1e6:.1f} MB"
+    table = Table("method", "rank", "layer", "MB", "last use", title=title, title_justify="left")
+    for row in rows:
+        shape = " x ".join(map(str, row["shape"]))
+        table.add_row(row["method"], str(row["rank"]), shape, f"{row['bytes'] / 1e6:.1f}", row["last_use"])
+    return table
+
+
+def _folder(folder: str | Path | None) -> Path:
+    from ..adapters.start_cache import default_folder
+
+    return default_folder() if folder is None else Path(folder).expanduser()

@@ -1,0 +1,138 @@
+"""Resuming: the same numbers as without an interruption, a changed recipe refused, a checkpoint on SIGTERM."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llmreg.errors import RecipeError, TrainingStopped
+from llmreg.recipes import load_recipe, run
+from llmreg.recipes import running as running_module
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
+SETTINGS = [
+    "training.max_steps=6",
+    "training.save_strategy=steps",
+    "training.save_steps=2",
+    "training.logging_steps=1",
+    "training.warmup_steps=2",
+    "adapter.r=4",
+    "evaluation={tasks: [pocket/word-problems], limit: 4, heldout: 4}",
+]
+
+
+def recipe(folder, *overrides):
+    return load_recipe(QUICKSTART, [*SETTINGS, f"output.dir={folder}", *overrides])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that was never interrupted, with checkpoints at 2, 4 and 6."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    return run(recipe(folder)), folder
+
+
+def interrupted(whole_folder, folder):
+    """What that run would have left had it been killed after step 4, while writing a later checkpoint."""
+    shutil.copytree(whole_folder / "checkpoints", folder / "checkpoints")
+    (folder / "checkpoints" / "checkpoint-6" / "recipe.yaml").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("name", [True, "checkpoint-2"])
+def test_a_resumed_run_ends_with_the_same_bits_and_the_same_report(whole, name, tmp_path):
+    report, whole_folder = whole
+    folder = interrupted(whole_folder, tmp_path / "out")
+    again = run(recipe(folder), resume=name)
+    weights = "adapter/adapter_model.safetensors"
+    assert (folder / weights).read_bytes() == (whole_folder / weights).read_bytes()
+    assert again.losses == report.losses
+    assert again.train_loss == report.train_loss
+    assert again.measurements == report.measurements
+    assert again.heldout_loss == report.heldout_loss
+
+
+def test_a_finished_run_and_one_without_checkpoints_are_not_resumed(whole, tmp_path):
+    _, folder = whole
+    with pytest.raises(RecipeError, match="is finished; nothing is left to resume"):
+        run(recipe(folder), resume=True)
+    with pytest.raises(RecipeError, match="no whole checkpoint to resume from"):
+        run(recipe(tmp_path / "out"), resume=True)
+    with pytest.raises(RecipeError, match="no whole checkpoint 'checkpoint-6'; whole ones: checkpoint-2, checkpoint-4"):
+        run(recipe(interrupted(folder, tmp_path / "half")), resume="checkpoint-6")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_changed_recipe_is_refused_with_the_difference_unless_allowed(whole, tmp_path):
+    folder = interrupted(whole[1], tmp_path / "out")
+    changed = recipe(folder, "training.learning_rate=3e-4", "training.logging_steps=2", "evaluation.limit=5")
+    with pytest.raises(RecipeError) as caught:
+        run(changed, resume=True)
+    assert "training.learning_rate 0.0015 there, 0.0003 here." in str(caught.value)
+    assert "logging_steps" not in str(caught.value)
+    assert run(changed, resume=True, allow_changes=True).steps == 6
+
+
+def test_sigterm_while_training_writes_a_checkpoint_and_the_run_goes_on_from_it(whole, tmp_path, monkeypatch):
+    _, whole_folder = whole
+    folder = tmp_path / "out"
+    build = running_module.build_trainer
+
+    def with_a_signal(*arguments):
+        from transformers import TrainerCallback
+
+        class Terminate(TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                if state.global_step == 2:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+        trainer = build(*arguments)
+        trainer.add_callback(Terminate())
+        return trainer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running_module, "build_trainer", with_a_signal)
+        before = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(TrainingStopped) as caught:
+            run(recipe(folder, "training.save_strategy=no"))
+        assert signal.getsignal(signal.SIGTERM) is before
+    assert caught.value.code == 143
+    assert "checkpoint-3; continue with --resume" in str(caught.value)
+    assert not (folder / "adapter").exists()
+    run(recipe(folder, "training.save_strategy=no"), resume=True)
+    weights = "adapter/adapter_model.safetensors"
+    assert (folder / weights).read_bytes() == (whole_folder / weights).read_bytes()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM")
+def test_from_the_command_line_sigterm_is_143_and_one_line(tmp_path):
+    folder = tmp_path / "out"
+    command = [sys.executable, "-m", "llmreg", "train", str(QUICKSTART), f"output.dir={folder}", "evaluation={}"]
+    command += ["training.save_strategy=steps", "training.save_steps=1", "adapter.r=2"]
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 200
+    while not list(folder.glob("checkpoints/*/recipe.yaml")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=100)
+    assert process.returncode == 143, stderr
+    assert (stdout, stderr.count("\n")) == ("", 1)
+    assert "after writing" in stderr
+    last = max(folder.glob("checkpoints/checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    assert (last / "recipe.yaml").is_file()
+    assert json.loads((last / "trainer_state.json").read_text())["global_step"] == int(last.name.split("-")[1])
