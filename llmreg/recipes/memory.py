@@ -1,0 +1,390 @@
+"""What a training would need, before anything is loaded: the model's outline, the adapter's layers, bytes by purpose.
+
+Nothing is downloaded, written or allocated: the model stands on the meta device, made from its config alone, and a
+training step runs on fake tensors (`memory_step`). An estimate is for one device: the process's memory on a CPU, the
+GPU's memory on a GPU.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+import resource
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from ..errors import LlmregError, RecipeError
+
+__all__ = ["MemoryEstimate", "Parameters", "count", "estimate", "libraries_memory", "outline", "targets"]
+
+Task = Literal["sft", "dpo", "classification"]
+Quantization = Literal["nf4", "int8"]
+
+#: A CUDA context with cuBLAS' workspace, which no allocator reports; 0.4 to 0.6 GB on the GPUs of the last years.
+_CUDA_CONTEXT = 500 << 20
+#: Numbers that share one scale in bitsandbytes' 4-bit storage, and scales that share one in its double quantisation.
+_NF4_BLOCK, _NF4_NESTED_BLOCK = 64, 256
+#: bitsandbytes keeps the state of smaller parameters in 32 bits; its 8-bit state has a float32 scale a block.
+_BNB_SMALL, _BNB_BLOCK = 4096, 256
+#: Moments that an optimizer keeps for each parameter, in the parameter's dtype ...
+_MOMENTS = {"adamw_torch": 2, "adamw_torch_fused": 2, "sgd": 0, "adagrad": 1, "rmsprop": 1, "stable_adamw": 2}
+#: ... and in bitsandbytes' or apex' float32, or 8 bits.
+_FLOAT_MOMENTS = {"adamw_apex_fused": 2, "paged_adamw_32bit": 2, "lion_32bit": 1, "paged_lion_32bit": 1}
+_BYTE_MOMENTS = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "lion_8bit": 1, "paged_lion_8bit": 1}
+
+
+class Parameters(NamedTuple):
+    """Numbers of parameters: of the base, trained, and kept frozen beside it (`A0`, `B0` of additive adapters)."""
+
+    base: int
+    trainable: int
+    frozen_extra: int
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes by purpose; None where it could not be found out, with the reason among the notes.
+
+    Attributes:
+        libraries: the process before the model is loaded, or a GPU's context.
+        weights: the base as stored. adapter: its factors, frozen ones and `modules_to_save` included.
+        gradients, optimizer: of what is trained.
+        activations: what one micro-batch keeps for its backward pass.
+        temporaries: what else is live at the worst moment of the micro-batch.
+        allocator: freed memory that a CPU's malloc cannot give back during a step.
+        start: workspace of the decomposition, before training.
+        notes: what is not known or not counted.
+    """
+
+    libraries: int
+    weights: int
+    adapter: int
+    gradients: int
+    optimizer: int | None
+    activations: int | None
+    temporaries: int | None
+    allocator: int | None
+    start: int | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def peak(self) -> int:
+        """The larger of a training step's sum and the start's; parts that are None count nothing."""
+        step = (self.gradients, self.optimizer, self.activations, self.temporaries, self.allocator)
+        resident = self.libraries + self.weights + self.adapter
+        return resident + max(sum(part or 0 for part in step), self.start or 0)
+
+
+# -- the model ------------------------------------------------------------------------------------------------------
+
+
+def outline(
+    path_or_name: str, *, revision: str | None = None, task: Task = "sft", num_labels: int | None = None
+) -> nn.Module:
+    """The base model on the meta device, from its config alone.
+
+    Args:
+        path_or_name: a folder, or a Hub id whose config is in the local cache.
+        task: "classification" puts a head of `num_labels` classes on it, the others a language model's head.
+
+    Raises:
+        RecipeError: no config on this machine, or one that transformers does not know.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    folder = Path(path_or_name).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise RecipeError(f"{path_or_name} holds no config.json; write the folder of a model, with its config.")
+    labels = {"num_labels": num_labels} if task == "classification" and num_labels else {}
+    try:
+        config = AutoConfig.from_pretrained(path_or_name, revision=revision, local_files_only=True, **labels)
+    except OSError:
+        raise RecipeError(_no_config(path_or_name, revision)) from None
+    except (ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300].rstrip(".")
+        raise RecipeError(f"the config of {path_or_name} cannot be read: {reason}.") from None
+    family = AutoModelForSequenceClassification if task == "classification" else AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            model = family.from_config(config)
+    except (ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300].rstrip(".")
+        raise RecipeError(f"{path_or_name} is no model for the task {task}: {reason}.") from None
+    model.tie_weights()
+    return model
+
+
+def _no_config(name: str, revision: str | None) -> str:
+    command = f"hf download {name} config.json" + (f" --revision {revision}" if revision else "")
+    return (
+        f"the config of {name} is not on this machine and a dry run downloads nothing; fetch it with `{command}`, or "
+        "write the path of a folder."
+    )
+
+
+def _adapted(model: nn.Module, adapter_config: Any) -> Any:
+    """A copy of the outline with the adapter injected; no factor is decomposed on the meta device."""
+    from peft import get_peft_model
+
+    return get_peft_model(copy.deepcopy(model), copy.deepcopy(adapter_config), low_cpu_mem_usage=True)
+
+
+def targets(model: nn.Module, adapter_config: Any) -> dict[str, list[str]]:
+    """The layers that carry the adapter, by the pattern of `target_modules` that names them; PEFT's own matching.
+
+    Args:
+        model: from `outline`.
+
+    Returns:
+        For each pattern the names of its layers, empty where it matches none. A layer that several patterns match
+        is listed under each.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    patterns = adapter_config.target_modules
+    try:
+        adapted = _adapted(model, adapter_config)
+    except LlmregError:
+        raise
+    except ValueError as error:
+        if "target modules" not in str(error).lower() or patterns is None:
+            raise
+        return {pattern: [] for pattern in ([patterns] if isinstance(patterns, str) else sorted(patterns))}
+    base = adapted.get_base_model()
+    layers = [name for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)]
+    if isinstance(patterns, str):
+        return {patterns: layers}
+    if patterns is None:  # PEFT's choice for this architecture
+        patterns = adapted.peft_config["default"].target_modules
+    return {pattern: [name for name in layers if _matches(pattern, name)] for pattern in sorted(patterns)}
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return re.search(rf"(^|\.){re.escape(pattern)}$", name) is not None
+
+
+def count(peft_model: nn.Module) -> Parameters:
+    """Parameters by role, each tied one once; of a meta model, or of one that is not quantised."""
+    frozen = {id(parameter) for parameter in _frozen_factors(peft_model)}
+    numbers = {"base": 0, "trainable": 0, "frozen_extra": 0}
+    for parameter in peft_model.parameters():
+        role = "trainable" if parameter.requires_grad else "frozen_extra" if id(parameter) in frozen else "base"
+        numbers[role] += parameter.numel()
+    return Parameters(**numbers)
+
+
+def _frozen_factors(model: nn.Module) -> Iterator[nn.Parameter]:
+    from ..adapters.layer import AdditiveLayer
+
+    for module in model.modules():
+        if isinstance(module, AdditiveLayer):
+            yield from module.lora_A0.parameters()
+            yield from module.lora_B0.parameters()
+
+
+# -- the estimate ---------------------------------------------------------------------------------------------------
+
+
+def estimate(
+    model: nn.Module,
+    adapter_config: Any,
+    training_config: Any,
+    *,
+    task: Task,
+    dtype: torch.dtype,
+    quantization: Quantization | None = None,
+    double_quantization: bool = False,
+    gpu: bool = False,
+    tokens: int | None = None,
+    libraries: int | None = None,
+) -> MemoryEstimate:
+    """What training this adapter would need.
+
+    Args:
+        model: from `outline`; left as it is.
+        training_config: TRL's `SFTConfig`, `DPOConfig`, or `TrainingArguments` for classification.
+        dtype: of the weights that are not quantised. double_quantization: of NF4's scales.
+        gpu: estimate the GPU's memory, else the process's.
+        tokens: length of a row where it is known; default `max_length`.
+        libraries: from `libraries_memory`, where it was taken earlier; default: taken now.
+    """
+    notes: list[str] = []
+    if libraries is None:
+        libraries = _CUDA_CONTEXT if gpu else libraries_memory()
+    quantized = _quantized_layers(model) if quantization else frozenset()
+    adapted = _typed(model, adapter_config, dtype, task, quantization)
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    frozen = list(_frozen_factors(adapted))
+    start = _start(adapted, dtype, quantization, gpu, notes)
+    weights = _weights(adapted, quantized, quantization, double_quantization) - sum(map(_bytes, frozen))
+    step = _step(adapted, training_config, task, tokens, quantized, gpu, notes)
+    saved = None if step is None else step.saved
+    if gpu:
+        notes.append("A GPU's caching allocator reserves more than is live, most where lengths vary.")
+    return MemoryEstimate(
+        libraries=libraries,
+        weights=weights,
+        adapter=sum(map(_bytes, trained + frozen)),
+        gradients=sum(map(_bytes, trained)),
+        optimizer=_optimizer(training_config, trained, notes),
+        activations=saved,
+        temporaries=None if step is None else step.peak - step.saved,
+        allocator=None if saved is None else 0 if gpu else _held_by_malloc(saved),
+        start=start,
+        notes=tuple(notes),
+    )
+
+
+def libraries_memory() -> int:
+    """Resident bytes of this process once everything that a training imports is in memory; call before any model."""
+    import datasets  # noqa: F401
+    import peft  # noqa: F401
+    from trl import DPOTrainer, SFTTrainer  # noqa: F401
+
+    # torch and MKL load much at the first product, the first backward pass and the first optimizer step only.
+    weight = nn.Parameter(torch.zeros(64, 64))
+    (torch.ones(64, 64) @ weight).sum().backward()
+    torch.optim.AdamW([weight]).step()
+    status = Path("/proc/self/status")
+    if status.is_file():
+        lines = status.read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS"))
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used << 10
+
+
+def _held_by_malloc(saved: int) -> int:
+    """Freed memory that stays with the process during a step, between its two bounds.
+
+    glibc serves tensors below 32 MiB from its heap, and asks for a little more than their size to align them: what
+    backward frees cannot hold a tensor of that same size again until its neighbours are free too. The least is
+    nothing, the most is that backward reuses nothing of what forward saved; this is the middle.
+    """
+    return saved // 2
+
+
+def _bytes(parameter: torch.Tensor) -> int:
+    return parameter.numel() * parameter.element_size()
+
+
+def _typed(model: nn.Module, adapter_config: Any, dtype: torch.dtype, task: str, quantization: str | None) -> Any:
+    """The adapted outline in the dtypes that training would see."""
+    plain = copy.deepcopy(model)
+    for parameter in plain.parameters():
+        parameter.data = parameter.data.to(dtype)
+    adapted = _adapted(plain, adapter_config)
+    if quantization and task != "classification":  # TRL trains in bfloat16 on a quantised base; A0, B0 follow
+        for parameter in [*adapted.parameters()]:
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)
+        for parameter in _frozen_factors(adapted):
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return adapted
+
+
+def _quantized_layers(model: Any) -> frozenset[str]:
+    """The linear layers that transformers gives to bitsandbytes: all but the head and tied ones."""
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    kept = get_keys_to_not_convert(model)
+    return frozenset(
+        name
+        for name, module in model.named_modules()
+        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, kept)
+    )
+
+
+def _weights(adapted: Any, quantized: frozenset[str], quantization: str | None, double: bool) -> int:
+    """Bytes of everything that is not trained."""
+    packed = {
+        id(module.weight)
+        for name, module in adapted.get_base_model().named_modules()
+        if name.removesuffix(".base_layer") in quantized and isinstance(getattr(module, "weight", None), nn.Parameter)
+    }
+    total = 0
+    for parameter in adapted.parameters():
+        if id(parameter) in packed:
+            total += _packed_bytes(parameter, quantization, double)
+        elif not parameter.requires_grad:
+            total += _bytes(parameter)
+    return total
+
+
+def _packed_bytes(weight: torch.Tensor, quantization: str | None, double: bool) -> int:
+    if quantization == "int8":
+        return weight.numel() + 4 * weight.shape[0]  # a float32 scale a row
+    blocks = math.ceil(weight.numel() / _NF4_BLOCK)
+    scales = blocks + 4 * math.ceil(blocks / _NF4_NESTED_BLOCK) if double else 4 * blocks
+    return math.ceil(weight.numel() / 2) + scales
+
+
+def _optimizer(training: Any, trained: list[nn.Parameter], notes: list[str]) -> int | None:
+    name = str(getattr(training.optim, "value", training.optim))
+    if name in _MOMENTS:
+        return sum(_MOMENTS[name] * _bytes(parameter) for parameter in trained)
+    if name in _FLOAT_MOMENTS:
+        return sum(4 * _FLOAT_MOMENTS[name] * parameter.numel() for parameter in trained)
+    if name in _BYTE_MOMENTS:
+        sizes = (p.numel() * (4 if p.numel() < _BNB_SMALL else 1 + 4 / _BNB_BLOCK) for p in trained)
+        return math.ceil(_BYTE_MOMENTS[name] * sum(sizes))
+    if name == "adafactor":  # a row and a column of second moments for a matrix
+        return sum(4 * (sum(p.shape[-2:]) if p.ndim > 1 else p.numel()) for p in trained)
+    notes.append(f"The state of the optimizer {name} is not known and not counted.")
+    return None
+
+
+def _start(adapted: Any, dtype: torch.dtype, quantization: str | None, gpu: bool, notes: list[str]) -> int | None:
+    from ..adapters.config import AdditiveConfig
+    from .memory_step import simulate_start
+
+    config = adapted.peft_config["default"]
+    if not isinstance(config, AdditiveConfig):
+        return 0
+    try:
+        copied = bool(quantization) or dtype != torch.float32
+        return simulate_start(adapted, "default", config, copied=copied, device=_device(gpu))
+    except Exception as error:  # a decomposition that asks for values the simulation does not have
+        notes.append(f"The workspace of the start is not known: {_first_sentence(error)}")
+        return None
+
+
+def _step(
+    adapted: Any, training: Any, task: str, tokens: int | None, quantized: frozenset[str], gpu: bool, notes: list[str]
+) -> Any:
+    """A `StepMemory`, or None with a note."""
+    from .memory_step import simulate_step
+
+    length = tokens or getattr(training, "max_length", None)
+    if length is None:
+        notes.append("Activations are not known: neither training.max_length nor the data's length is given.")
+        return None
+    if gpu and _device(gpu) == "cpu":
+        notes.append("This torch has no CUDA: activations are those of the CPU's kernels.")
+    rows = training.per_device_train_batch_size * (2 if task == "dpo" else 1)  # chosen and rejected in one batch
+    config = adapted.get_base_model().config
+    if task == "classification" and config.pad_token_id is None:
+        config.pad_token_id = 0
+    try:
+        return simulate_step(
+            adapted, training, task=task, rows=rows, length=length, quantized=quantized, device=_device(gpu)
+        )
+    except Exception as error:  # whatever an architecture does that fake tensors cannot follow
+        notes.append(f"Activations are not known: {_first_sentence(error)}")
+        return None
+
+
+def _device(gpu: bool) -> str:
+    return "cuda" if gpu and torch.cuda.is_available() else "cpu"
+
+
+def _first_sentence(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
