@@ -182,12 +182,13 @@ def in_format(rows: Any, columns: Mapping[str, str] | None = None, formats: Form
 
 
 def _unknown_format(names: list[str], formats: Formats) -> str:
-    for kind in TASKS.values():
-        if kind.formats != formats and any(set(wanted) <= set(names) for wanted in kind.formats):
-            meant = f"; these are rows for task {kind.name}"
-            break
-    else:
-        meant = ""
+    fitting = [
+        (len(wanted), kind.name)
+        for kind in TASKS.values()
+        for wanted in kind.formats
+        if kind.formats != formats and set(wanted) <= set(names)
+    ]
+    meant = f"; these are rows for task {max(fitting)[1]}" if fitting else ""
     known = "; ".join(" and ".join(wanted) for wanted in formats)
     first = formats[0]
     example = ", ".join(f"{column}: {other}" for column, other in zip(first, names or ["..."], strict=False))

@@ -7,6 +7,7 @@ field that `llmreg validate` knows.
 from __future__ import annotations
 
 import dataclasses
+from importlib.metadata import version
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -66,6 +67,7 @@ def recipe_schema() -> dict[str, Any]:
     schema["anyOf"] = [{"required": ["include"]}, {"required": required}]
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
+        "$comment": f"Fields of {', '.join(f'{name} {version(name)}' for name in ('peft', 'transformers', 'trl'))}.",
         **schema,
         "title": "llmreg recipe",
         "description": "What `llmreg train` does; `llmreg schema` prints this schema.",

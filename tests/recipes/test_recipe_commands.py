@@ -1,0 +1,166 @@
+"""What stands behind `eval`, `init`, `schema` and `--dry-run`: one function each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llmreg.errors import RecipeError
+from llmreg.recipes import evaluate, load_recipe, prepare_starts, preview, recipe_schema, run
+from llmreg.recipes.starting import clear_starts, list_starts
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
+SHORT = ["training.max_steps=2", "adapter.r=4", "evaluation.limit=8"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A short run: its report and folder."""
+    folder = tmp_path_factory.mktemp("finished") / "out"
+    return run(load_recipe(QUICKSTART, [*SHORT, f"output.dir={folder}"])), folder
+
+
+# -- eval -------------------------------------------------------------------------------------------------------
+
+
+def test_eval_of_a_run_repeats_its_scores_and_adds_the_merged_model(finished):
+    report, folder = finished
+    result = evaluate(folder)
+    assert [(row["base"], row["adapter"]) for row in result.scores] == [
+        (row.before, row.after) for row in report.measurements
+    ]
+    assert [row["forgetting"] for row in result.scores] == [row.forgotten for row in report.measurements]
+    for row in result.scores:
+        assert row["merged"] == pytest.approx(row["adapter"], rel=1e-3, abs=0.13)  # one answer of eight may flip
+    json.dumps(result.as_dict())
+
+
+def test_eval_takes_the_adapter_folder_a_recipe_and_an_adapter_without_a_recipe(finished, tmp_path):
+    import shutil
+
+    _, folder = finished
+    overrides = ["evaluation={tasks: [pocket/facts], limit: 4}"]
+    by_adapter = evaluate(folder / "adapter", overrides, merged=False)
+    assert by_adapter.scores[0]["merged"] is None
+    by_recipe = evaluate(folder / "recipe.yaml", overrides, merged=False)
+    assert by_recipe.scores == by_adapter.scores
+    alone = tmp_path / "alone"
+    shutil.copytree(folder / "adapter", alone)
+    with pytest.raises(RecipeError, match="there is nothing to measure"):
+        evaluate(alone, ["model.name=pocket"])
+    assert evaluate(alone, ["model.name=pocket", *overrides], merged=False).scores == by_adapter.scores
+
+
+def test_eval_of_a_recipe_that_has_not_run_measures_the_base(tmp_path):
+    result = evaluate(QUICKSTART, [*SHORT, f"output.dir={tmp_path / 'none'}", "evaluation.forgetting=[]"])
+    assert result.adapter is None
+    assert [(row["adapter"], row["forgetting"]) for row in result.scores] == [(None, None)]
+
+
+def test_eval_of_nothing_is_one_message(tmp_path):
+    with pytest.raises(RecipeError, match="is neither a recipe, a folder nor a Hub id"):
+        evaluate(tmp_path / "gone" / "there")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RecipeError, match="holds no adapter that PEFT can read"):
+        evaluate(tmp_path / "empty")
+
+
+# -- init -------------------------------------------------------------------------------------------------------
+
+
+def test_init_fills_a_cache_from_which_training_takes_the_same_start(finished, tmp_path, monkeypatch):
+    report, _ = finished
+    monkeypatch.setenv("LLMREG_CACHE", str(tmp_path / "cache"))
+    recipe = load_recipe(QUICKSTART, [*SHORT, f"output.dir={tmp_path / 'out'}", "evaluation={}"])
+    first = prepare_starts(recipe)
+    assert (first.layers, first.found, first.computed, first.entries) == (28, 0, 28, 28)
+    again = prepare_starts(recipe)
+    assert (again.found, again.computed) == (28, 0)
+    assert len(list_starts()) == 28
+
+    import llmreg.initializers.pissa as initializer
+
+    def never(*arguments, **options):
+        raise AssertionError("decomposed although the start is there")
+
+    monkeypatch.setattr(initializer, "truncated_svd", never)
+    assert run(recipe).start_hash == report.start_hash
+    assert clear_starts()[0] == 28
+    assert list_starts() == []
+
+
+def test_init_of_a_method_without_a_decomposition_is_one_message():
+    with pytest.raises(RecipeError, match="lora starts from random numbers"):
+        prepare_starts(load_recipe(ROOT / "recipes" / "pocket-lora.yaml"))
+
+
+# -- schema -----------------------------------------------------------------------------------------------------
+
+
+def test_the_schema_that_recipes_point_to_is_the_one_printed():
+    """`llmreg schema > recipes/schema.json` after a change; it describes the versions that were installed then."""
+    stored = json.loads((ROOT / "recipes" / "schema.json").read_text())
+    current = json.loads(json.dumps(recipe_schema()))
+    if stored["$comment"] != current["$comment"]:
+        pytest.skip(f"schema.json is of {stored['$comment']}, and installed is {current['$comment']}")
+    assert stored == current
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_opens_with_how_to_run_it_and_fits_the_schema(path):
+    jsonschema = pytest.importorskip("jsonschema")
+    text = path.read_text()
+    assert "# yaml-language-server: $schema=schema.json" in text
+    assert f"llmreg train recipes/{path.name}" in text
+    from llmreg.recipes.document import parse
+
+    jsonschema.validate(parse(text, path.name).values, recipe_schema())
+
+
+def test_the_schema_refuses_what_validate_refuses():
+    jsonschema = pytest.importorskip("jsonschema")
+    from llmreg.recipes.document import parse
+
+    values = parse(QUICKSTART.read_text(), "recipe").values
+    for section, key in (("training", "lerning_rate"), ("adapter", "rnk"), ("output", "folder")):
+        wrong = {**values, section: {**values[section], key: 1}}
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(wrong, recipe_schema())
+
+
+# -- dry run ----------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_says_what_would_happen_and_writes_nothing(finished, tmp_path, monkeypatch):
+    report, _ = finished
+    monkeypatch.chdir(tmp_path)
+    result = preview(load_recipe(QUICKSTART, [*SHORT, "output.dir=out"]))
+    assert list(tmp_path.iterdir()) == []
+    assert result.layers == 28
+    assert result.parameters.trainable == report.trainable_parameters
+    assert result.parameters.frozen_extra == report.trainable_parameters
+    assert sum(result.parameters) == report.total_parameters
+    assert (result.exported_rank, result.vllm_rank) == (8, 8)
+    assert result.peak == result.memory.peak > 0
+    assert 0 < result.start_seconds < 60
+    json.dumps(result.as_dict())
+
+
+def test_a_dry_run_lists_targets_pattern_by_pattern_and_refuses_none_at_all():
+    result = preview(load_recipe(QUICKSTART, ["adapter.target_modules=[q_proj, nothing, down_proj]"]))
+    assert {pattern: len(names) for pattern, names in result.targets.items()} == {
+        "q_proj": 4,
+        "nothing": 0,
+        "down_proj": 4,
+    }
+    assert "nothing matches no layer." in result.notes
+    with pytest.raises(RecipeError, match="nothing matches no layer of pocket"):
+        preview(load_recipe(QUICKSTART, ["adapter.target_modules=[nothing]"]))
+
+
+def test_a_dry_run_downloads_nothing():
+    with pytest.raises(RecipeError, match="a dry run downloads nothing; fetch it with `hf download owner/name"):
+        preview(load_recipe(QUICKSTART, ["model.name=owner/name"]))

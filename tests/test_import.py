@@ -1,0 +1,53 @@
+"""Importing llmreg: cheap, registers with PEFT whoever imports it first, and the help does not wait for torch."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+
+REGISTERED = "import peft; assert peft.PeftModel._llmreg_installed; peft.PeftType.LLMREG_ADDITIVE"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        f"import llmreg; {REGISTERED}",
+        f"import peft, llmreg; {REGISTERED}",
+        f"import llmreg, sys; assert 'peft' not in sys.modules; llmreg.PissaConfig; {REGISTERED}",
+        f"import importlib.util, llmreg; importlib.util.find_spec('peft'); {REGISTERED}",
+        f"import llmreg, importlib; importlib.reload(llmreg); {REGISTERED}",
+        f"from llmreg import PissaConfig; {REGISTERED}; assert PissaConfig(r=4).r == 4",
+    ],
+)
+def test_peft_knows_the_methods_in_whatever_order_they_are_imported(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def seconds(code: str) -> float:
+    started = time.perf_counter()
+    subprocess.run([sys.executable, *code.split(" ", 1)], check=True, capture_output=True)
+    return time.perf_counter() - started
+
+
+def test_the_help_imports_neither_torch_nor_peft():
+    code = "import sys; sys.argv = ['llmreg', '--help']\n"
+    code += "try:\n from llmreg.cli import main; main()\nexcept SystemExit: pass\n"
+    code += "assert not {'torch', 'peft', 'transformers'} & set(sys.modules), 'heavy'"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.slow
+def test_importing_llmreg_costs_at_most_a_third_of_a_second_over_peft_and_the_help_one_second():
+    """Of a quiet machine: medians of five processes."""
+    medians = {
+        code: statistics.median(seconds(code) for _ in range(5))
+        for code in ("-c import peft", "-c import peft, llmreg; llmreg.PissaConfig", "-m llmreg --help")
+    }
+    peft, both, help_page = medians.values()
+    assert both - peft <= 0.3, medians
+    assert help_page <= 1.0, medians
