@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from ..errors import LlmregError, RecipeError
+from ..errors import RecipeError
 
 __all__ = ["MemoryEstimate", "Parameters", "count", "estimate", "libraries_memory", "outline", "targets"]
 
@@ -54,7 +54,8 @@ class MemoryEstimate:
 
     Attributes:
         libraries: the process before the model is loaded, or a GPU's context.
-        weights: the base as stored. adapter: its factors, frozen ones and `modules_to_save` included.
+        weights: the base as stored. mapped: the checkpoint behind quantised weights, on a CPU.
+        adapter: its factors, frozen ones and `modules_to_save` included.
         gradients, optimizer: of what is trained.
         activations: what one micro-batch keeps for its backward pass.
         temporaries: what else is live at the worst moment of the micro-batch.
@@ -65,6 +66,7 @@ class MemoryEstimate:
 
     libraries: int
     weights: int
+    mapped: int
     adapter: int
     gradients: int
     optimizer: int | None
@@ -78,7 +80,7 @@ class MemoryEstimate:
     def peak(self) -> int:
         """The larger of a training step's sum and the start's; parts that are None count nothing."""
         step = (self.gradients, self.optimizer, self.activations, self.temporaries, self.allocator)
-        resident = self.libraries + self.weights + self.adapter
+        resident = self.libraries + self.weights + self.mapped + self.adapter
         return resident + max(sum(part or 0 for part in step), self.start or 0)
 
 
@@ -151,8 +153,6 @@ def targets(model: nn.Module, adapter_config: Any) -> dict[str, list[str]]:
     patterns = adapter_config.target_modules
     try:
         adapted = _adapted(model, adapter_config)
-    except LlmregError:
-        raise
     except ValueError as error:
         if "target modules" not in str(error).lower() or patterns is None:
             raise
@@ -231,6 +231,7 @@ def estimate(
     return MemoryEstimate(
         libraries=libraries,
         weights=weights,
+        mapped=0 if gpu else _mapped(model, quantized, dtype),
         adapter=sum(map(_bytes, trained + frozen)),
         gradients=sum(map(_bytes, trained)),
         optimizer=_optimizer(training_config, trained, notes),
@@ -281,10 +282,8 @@ def _typed(model: nn.Module, adapter_config: Any, dtype: torch.dtype, task: str,
         parameter.data = parameter.data.to(dtype)
     adapted = _adapted(plain, adapter_config)
     if quantization and task != "classification":  # TRL trains in bfloat16 on a quantised base; A0, B0 follow
-        for parameter in [*adapted.parameters()]:
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(torch.bfloat16)
-        for parameter in _frozen_factors(adapted):
+        trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+        for parameter in [*trained, *_frozen_factors(adapted)]:
             parameter.data = parameter.data.to(torch.bfloat16)
     return adapted
 
@@ -317,6 +316,17 @@ def _weights(adapted: Any, quantized: frozenset[str], quantization: str | None, 
         elif not parameter.requires_grad:
             total += _bytes(parameter)
     return total
+
+
+def _mapped(model: Any, quantized: frozenset[str], dtype: torch.dtype) -> int:
+    """Bytes of the quantised layers in the checkpoint, where they stay in memory beside their packed form.
+
+    On a CPU the weights that are not quantised are views of the mapped file if they need no conversion, and keep all
+    of it mapped; quantising has read the rest. The system can take these pages back when memory runs short.
+    """
+    if getattr(model.config, "dtype", None) != dtype:
+        return 0
+    return sum(model.get_submodule(name).weight.numel() for name in quantized) * dtype.itemsize
 
 
 def _packed_bytes(weight: torch.Tensor, quantization: str | None, double: bool) -> int:
