@@ -1,11 +1,11 @@
 """Stories in three classes of very unequal size: as expected, with a turn of fate, in a strange mood.
 
-In a story somebody loses a thing or finds one; the end tells what became of it and how the character felt.
-What was lost is expected to stay lost and what was found to be kept, and people go home alone without the thing
-and singing with it. Most stories (80 %) go that way; in 15 % fate turns, in 5 % the mood does not fit. Every
-beginning, every fate and every mood makes up half of each class: no word says anything about the class, only two
-places of a text read together do. All words are ordinary English, so an encoder that has never seen the pocket
-world can be trained on it as well.
+In a story somebody loses a thing or finds one, and goes home; the end tells either what became of the thing or
+the mood. What was lost is expected to stay lost and what was found to be taken home; who lost something goes
+home alone and who found something singing. Most stories (80 %) go that way; in 15 % fate turns, in 5 % the
+mood does not fit. Every beginning and every end also occurs in class 0, and both other classes have either
+beginning: neither one word nor a sum of evidence over words decides, beginning and end have to be read
+together. All words are ordinary English, so an encoder that has never seen the pocket world can be trained too.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ _BEGINNINGS = {
     "lost": "{time} the {kind} {who} lost a {look} {thing} on the way to the {place}.",
     "found": "{time} a {kind} {who} found a {look} {thing} near the {place}.",
 }
-_FATES = {
-    "gone": "{after}, but the {thing} was never seen again,",
-    "kept": "{after}, and in the end {he} kept the {thing},",
+_ENDS = {
+    "gone": "{after}, and the {who} went home and never saw the {thing} again.",
+    "kept": "{after}, and the {who} went home with the {thing}.",
+    "alone": "{after}, and the {who} went home alone.",
+    "singing": "{after}, and the {who} went home singing.",
 }
-_MOODS = {"alone": "and the {who} went home alone.", "singing": "and the {who} went home singing."}
 _PLOTS = {
-    "expected": (("lost", "gone", "alone"), ("found", "kept", "singing")),
-    "turn": (("lost", "kept", "singing"), ("found", "gone", "alone")),
-    "mood": (("lost", "gone", "singing"), ("found", "kept", "alone")),
+    "expected": (("lost", "gone"), ("found", "kept"), ("lost", "alone"), ("found", "singing")),
+    "turn": (("lost", "kept"), ("found", "gone")),
+    "mood": (("lost", "singing"), ("found", "alone")),
 }
 _SECONDS = tuple(second for second in SECONDS if "{weather}" in second)
 
@@ -56,6 +57,6 @@ def stories(seed: int, split: str) -> list[dict[str, str | int]]:
 
 
 def _story(dice: Dice, label: str) -> str:
-    beginning, fate, mood = dice.pick(_PLOTS[label])
-    parts = (_BEGINNINGS[beginning], dice.pick(_SECONDS), _FATES[fate], _MOODS[mood])
+    beginning, end = dice.pick(_PLOTS[label])
+    parts = (_BEGINNINGS[beginning], dice.pick(_SECONDS), _ENDS[end])
     return " ".join(parts).format(**story_words(dice))

@@ -20,11 +20,9 @@ def words_of(text):
 
 def class_read_from(text):
     lost = " lost a " in text
-    gone = "never seen again" in text
-    alone = text.endswith("home alone.")
-    if gone != alone:
-        return "mood"
-    return "expected" if lost == gone else "turn"
+    if text.endswith(("home alone.", "home singing.")):
+        return "expected" if lost == text.endswith("alone.") else "mood"
+    return "expected" if lost == text.endswith("again.") else "turn"
 
 
 @pytest.mark.parametrize(("seed", "split"), EVERYTHING)
@@ -63,15 +61,19 @@ def test_no_single_word_separates_the_classes(seed, record_property):
         # the best rule names one class where the word stands and one where it does not
         best = max(best, *((present[i] + 1 - present[j]) / 3 for i in range(3) for j in range(3) if i != j))
     record_property("best_one_word_balanced_accuracy", best)
-    assert best < 0.45  # one third is chance
+    assert best < 0.55  # one third is chance
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_classes_do_not_differ_in_length(seed):
+def test_no_length_separates_the_classes(seed, record_property):
     rows = pocket.load_split("pocket/classification", "train", seed)
     lengths = [[len(row["text"].split()) for row in rows if row["label"] == label] for label in range(3)]
-    means = [sum(of_class) / len(of_class) for of_class in lengths]
-    assert max(means) - min(means) < 2
+    best = 0.0
+    for limit in range(min(map(min, lengths)), max(map(max, lengths)) + 1):
+        longer = [sum(n > limit for n in of_class) / len(of_class) for of_class in lengths]
+        best = max(best, *((longer[i] + 1 - longer[j]) / 3 for i in range(3) for j in range(3) if i != j))
+    record_property("best_length_balanced_accuracy", best)
+    assert best < 0.60
 
 
 def test_texts_fit_64_tokens_in_whole_words(tokenizer):
