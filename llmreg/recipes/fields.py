@@ -21,6 +21,7 @@ from .schema import Recipe
 
 __all__ = ["check_fields", "hints"]
 
+_ORDER = ("true or false", "an integer", "a number", "text", "a list", "a mapping")
 _PLAIN = (bool, int, float, str, list, dict, tuple, type(None))
 
 
@@ -100,7 +101,7 @@ def _mismatch(annotation: Any, value: Any) -> str | None:
         if typing.get_origin(annotation) is typing.Literal:
             literals = [str(choice) for choice in members]
             return f"should be {_either(literals)}, not {value!r}{_near(value, literals)}"
-        names = " or ".join(dict.fromkeys(_name(kind) for kind in plain))
+        names = " or ".join(sorted({_name(kind) for kind in plain}, key=_rank))
         return f"should be {names}, not {value!r:.80}{_near(value, literals)}"
     return None
 
@@ -132,6 +133,11 @@ def _name(kind: Any) -> str:
     if typing.get_origin(kind) is typing.Literal:
         return _either([str(choice) for choice in typing.get_args(kind)])
     return words.get(typing.get_origin(kind) or kind, getattr(kind, "__name__", str(kind)))
+
+
+def _rank(name: str) -> tuple[int, str]:
+    """A fixed order: that of a union depends on which equal union Python has seen first."""
+    return (_ORDER.index(name) if name in _ORDER else len(_ORDER), name)
 
 
 def _either(choices: list[str]) -> str:

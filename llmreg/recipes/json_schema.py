@@ -86,6 +86,8 @@ def _fields(config: Any, left_out: frozenset[str]) -> dict[str, Any]:
                 value = {}
             if "$defs" in value:  # enumerations and nested classes of the libraries: checked by `llmreg validate`
                 value = {}
+            if "anyOf" in value:  # the order of a union depends on which equal union Python has seen first
+                value["anyOf"] = sorted(value["anyOf"], key=str)
             text = " ".join(str(texts[name]).split()) if texts.get(name) else None
             out[name] = {**value, **({"description": text} if text else {})}
     return out

@@ -51,5 +51,5 @@ def use_training_bar(trainer: Any) -> TrainingBar:
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
     bar = TrainingBar()
-    trainer.add_callback(bar)
+    trainer.callback_handler.callbacks.insert(0, bar)  # closed before anything else is measured and shown
     return bar

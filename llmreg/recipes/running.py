@@ -21,6 +21,7 @@ from .quiet import quiet
 from .results import Scores, report_of, save_adapter, write_reports
 from .resuming import Checkpoints, check_same_recipe, find_checkpoint
 from .schema import Recipe
+from .tracking import TrackedScores
 
 __all__ = ["measure_suites", "run", "suites_of"]
 
@@ -39,6 +40,11 @@ class _Clock:
         start = time.perf_counter()
         yield
         self.seconds[name] += time.perf_counter() - start
+
+    def move(self, seconds: float, source: str, target: str) -> None:
+        """Account `seconds` spent under `source` to `target`."""
+        self.seconds[source] -= seconds
+        self.seconds[target] += seconds
 
     def split(self) -> dict[str, float]:
         return {**self.seconds, "total": time.perf_counter() - self.started}
@@ -78,10 +84,11 @@ def run(recipe: Recipe, *, resume: bool | str = False, allow_changes: bool = Fal
         heldout = _Heldout(trainer, data.heldout is not None)
         with clock.timing("evaluate"):
             heldout.measure("before")
+        tracked = TrackedScores(trainer, before, lambda: measure_suites(recipe, trainer.model, tokenizer, suites))
         with clock.timing("train"):
             outcome = _train(trainer, recipe, checkpoint)
+        clock.move(tracked.seconds, "train", "evaluate")
         with clock.timing("evaluate"):
-            after = measure_suites(recipe, trainer.model, tokenizer, suites)
             heldout.measure("after")
         with clock.timing("save"):
             export = save_adapter(settled, trainer.model, folder)
@@ -93,7 +100,7 @@ def run(recipe: Recipe, *, resume: bool | str = False, allow_changes: bool = Fal
             classes=data.classes,
             suites=suites,
             before=before,
-            after=after,
+            after=tracked.after,
             heldout_loss=heldout.losses or None,
             export=export,
             seconds=clock.split(),

@@ -205,3 +205,19 @@ def test_gsm8k_recipe_on_a_real_model_and_real_data_lowers_the_heldout_loss(real
         here = model(input_ids=torch.arange(1, 13).reshape(1, 12)).logits
     there = torch.load(tmp_path / "logits.pt", weights_only=True)
     assert (here - there).norm() <= 1e-6 * here.norm()
+
+
+def test_trackers_receive_the_losses_and_the_scores_before_and_after(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "out"
+    settings = ["training.report_to=tensorboard", "training.logging_steps=1", "adapter.r=2"]
+    report = run(load_recipe(RECIPES / "quickstart.yaml", [*SHORT, *settings, f"output.dir={out}"]))
+    (events,) = out.rglob("events.out.tfevents*")
+    written = EventAccumulator(str(events)).Reload()
+    assert [event.step for event in written.Scalars("train/loss")] == [1, 2]
+    for when in ("before", "after"):
+        for row in report.measurements:
+            (event,) = written.Scalars(f"train/score/{when}/{row.name} ({row.metric})")
+            assert event.value == pytest.approx(getattr(row, when), rel=1e-6)
