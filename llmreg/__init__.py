@@ -6,15 +6,28 @@ Importing registers the methods with PEFT; nothing else happens, and nothing els
     model = peft.get_peft_model(base, llmreg.PissaConfig(r=16, target_modules="all-linear"))
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from ._after_peft import after_peft as _after_peft
 
 if TYPE_CHECKING:
     from .adapters import AdditiveConfig, PissaConfig
+    from .hub.export import export_lora
+    from .hub.merge import merge
+    from .hub.push import push
 
 __version__ = "0.1.0"
-__all__ = ["AdditiveConfig", "PissaConfig", "__version__", "export_lora", "linalg"]
+__all__ = ["AdditiveConfig", "PissaConfig", "__version__", "export_lora", "linalg", "merge", "push"]
+
+#: Where each name lives; imported when it is asked for.
+_LATER = {
+    "AdditiveConfig": "adapters",
+    "PissaConfig": "adapters",
+    "export_lora": "hub.export",
+    "merge": "hub.merge",
+    "push": "hub.push",
+}
 
 
 def _register() -> None:
@@ -27,17 +40,8 @@ _after_peft(_register)
 
 
 def __getattr__(name: str) -> Any:
-    """What costs time to import is imported when it is asked for."""
-    if name in ("AdditiveConfig", "PissaConfig"):
-        from . import adapters
-
-        return getattr(adapters, name)
-    if name == "export_lora":
-        from .hub.export import export_lora
-
-        return export_lora
+    if name in _LATER:
+        return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
     if name == "linalg":
-        from . import linalg
-
-        return linalg
+        return importlib.import_module(f"{__name__}.linalg")
     raise AttributeError(f"module 'llmreg' has no attribute {name!r}")

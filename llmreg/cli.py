@@ -207,9 +207,11 @@ def merge(
             f"{folder}: {report.base}, {report.merged + report.replaced} tensors changed, {report.copied} copied, "
             f"{_size(report.bytes)}"
         )
-        typer.echo(
-            f"not compared: {report.parity_skipped}" if report.parity is None else f"logits compared: {report.parity}"
-        )
+        if report.parity is None:
+            typer.echo(f"logits not compared: {report.parity_skipped}")
+        else:
+            errors = ", ".join(f"{form} {report.parity[form]['relative']:.1e}" for form in ("exported", "merged"))
+            typer.echo(f"relative error of the logits against the adapter on its base: {errors}")
 
 
 @app.command()

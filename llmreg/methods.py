@@ -142,6 +142,10 @@ def get_method(name: str) -> Method:
     Raises:
         RecipeError: there is no such method; the message names the nearest.
         LlmregError: the package that adds it cannot be loaded.
+
+    Example:
+        >>> get_method("pissa").config_class().__name__
+        'PissaConfig'
     """
     if name in _BUILT_IN:
         return _BUILT_IN[name]

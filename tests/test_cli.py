@@ -150,7 +150,73 @@ def test_export_writes_a_lora_of_the_rank_asked_for(cli, tmp_path):
     assert "is not an empty folder" in err
 
 
+def test_a_dry_run_prints_the_plan_and_writes_nothing(cli, tmp_path):
+    code, out, err = cli("train", QUICKSTART, f"output.dir={tmp_path / 'out'}", "--dry-run")
+    assert (code, err) == (0, "")
+    for words in ("max_steps: 1000", "28 adapted layers", "all-linear", "activations", "peak", "--max-lora-rank 32"):
+        assert words in out
+    assert list(tmp_path.iterdir()) == []
+    code, out, _ = cli("train", QUICKSTART, f"output.dir={tmp_path / 'out'}", "--dry-run", "--json")
+    assert json.loads(out)["parameters"]["trainable"] == 163840
+
+
+def test_the_schema_is_json(cli):
+    code, out, err = cli("schema")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["title"] == "llmreg recipe"
+
+
+def test_init_fills_lists_and_clears_a_cache(cli, tmp_path):
+    cache = tmp_path / "cache"
+    code, out, _ = cli("init", QUICKSTART, "adapter.r=2", "--output", cache)
+    assert code == 0
+    assert "28 layers of pocket by pissa" in out
+    assert "28 starts" in cli("init", "--output", cache)[1]
+    assert json.loads(cli("init", "--output", cache, "--clear", "--json")[1])["removed"] == 28
+    assert json.loads(cli("init", "--output", cache, "--json")[1]) == []
+
+
+def test_a_run_is_measured_merged_and_shown_as_it_would_be_pushed(cli, tmp_path):
+    out = tmp_path / "out"
+    assert cli("train", QUICKSTART, *SHORT, f"output.dir={out}", "adapter.r=2")[0] == 0
+    code, printed, err = cli("eval", out, "evaluation.limit=4", "--no-merged", "--json")
+    assert (code, err) == (0, "")
+    assert {row["name"] for row in json.loads(printed)["scores"]} >= {"pocket/facts"}
+    code, printed, err = cli("merge", out / "adapter", tmp_path / "merged")
+    assert (code, err) == (0, "")
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+    code, printed, err = cli("push", out, "somebody/pissa-pocket", "--dry-run")
+    assert (code, err) == (0, "")
+    for name in ("adapter_model.safetensors", "README.md", "llmreg.json", "would be uploaded to private"):
+        assert name in printed
+    assert cli("export", out / "adapter", tmp_path / "served", "--check", "vllm")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["eval", "gone/er/x"], "is neither a recipe, a folder nor a Hub id"),
+        (["merge", "gone", "out"], "gone holds no adapter"),
+        (["push", "gone", "me/x", "--dry-run"], "gone"),
+        (["push", "gone"], "Missing argument 'REPO'"),
+        (["export", "gone", "out", "--check", "tgi"], "check 'tgi' is not known; write vllm"),
+        (["export", "gone", "out", "--rank", "0"], "rank must be a positive integer"),
+        (["init", "gone.yaml"], "gone.yaml does not exist"),
+        (["train", QUICKSTART, "--dry-run", "--resume"], "--dry-run and --resume exclude each other"),
+        (["train", QUICKSTART, "output.dir=gone-too", "--resume"], "no whole checkpoint to resume from"),
+        (["schema", "extra"], "unexpected extra argument"),
+    ],
+)
+def test_what_makes_no_sense_is_one_message_and_nothing_is_written(cli, arguments, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = cli(*arguments)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_help_names_every_command(cli):
     _, out, _ = cli("--help")
-    for command in ("train", "validate", "methods", "export"):
+    for command in ("train", "validate", "methods", "schema", "init", "eval", "export", "merge", "push"):
         assert command in out

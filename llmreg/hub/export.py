@@ -55,6 +55,12 @@ def recompress(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor, flo
 
     Returns:
         `B (out, rank)`, `A (rank, in)` (fp64), and the Frobenius norms of the dropped part and of the whole.
+
+    Example:
+        >>> up, down = torch.tensor([[3.0, 0.0], [0.0, 4.0]]), torch.eye(2)
+        >>> B, A, dropped, whole = recompress(up, down, rank=1)
+        >>> tuple(B.shape), tuple(A.shape), round(dropped, 6), round(whole, 6)
+        ((2, 1), (1, 2), 3.0, 5.0)
     """
     Q_up, R_up = torch.linalg.qr(up.double())
     Q_down, R_down = torch.linalg.qr(down.double().t())

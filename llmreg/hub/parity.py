@@ -21,6 +21,7 @@ from peft import LoraConfig, PeftModel
 from peft.utils import CONFIG_NAME
 from torch import Tensor
 
+from ..quiet import quiet
 from .base_checkpoint import BaseCheckpoint
 
 __all__ = ["parity"]
@@ -38,20 +39,27 @@ def parity(
     exported = adapter.parent / "lora"
     recompressed = exported != adapter and (exported / CONFIG_NAME).is_file()
     try:
-        reference = _outputs(checkpoint, checkpoint.folder, adapter, plain=False)
-        result: dict[str, Any] = {"dtype": "float32", "tokens": [_ROWS, _LENGTH], "reference": "adapter on its base"}
-        if recompressed:
-            again = _outputs(checkpoint, checkpoint.folder, exported, plain=True)
-            result["exported"] = {"compared": "lora/ beside the adapter", **_errors(again, reference)}
-        elif has_sidecar:
-            again = _outputs(checkpoint, checkpoint.folder, adapter, plain=True)
-            result["exported"] = {"compared": "the adapter read as plain LoRA", **_errors(again, reference)}
-        else:
-            result["exported"] = {"compared": "the same file", "maximum": 0.0, "relative": 0.0}
-        result["merged"] = _errors(_outputs(checkpoint, merged, None, plain=True), reference)
+        with quiet():
+            return _compared(adapter, merged, checkpoint, exported if recompressed else None, has_sidecar), None
     except Exception as error:  # the merged checkpoint is whole; a model that wants images must not undo it
         return None, f"the model could not be run on token ids ({type(error).__name__}: {error})"
-    return result, None
+
+
+def _compared(
+    adapter: Path, merged: Path, checkpoint: BaseCheckpoint, recompressed: Path | None, has_sidecar: bool
+) -> dict[str, Any]:
+    reference = _outputs(checkpoint, checkpoint.folder, adapter, plain=False)
+    result: dict[str, Any] = {"dtype": "float32", "tokens": [_ROWS, _LENGTH], "reference": "adapter on its base"}
+    if recompressed is not None:
+        again = _outputs(checkpoint, checkpoint.folder, recompressed, plain=True)
+        result["exported"] = {"compared": "lora/ beside the adapter", **_errors(again, reference)}
+    elif has_sidecar:
+        again = _outputs(checkpoint, checkpoint.folder, adapter, plain=True)
+        result["exported"] = {"compared": "the adapter read as plain LoRA", **_errors(again, reference)}
+    else:
+        result["exported"] = {"compared": "the same file", "maximum": 0.0, "relative": 0.0}
+    result["merged"] = _errors(_outputs(checkpoint, merged, None, plain=True), reference)
+    return result
 
 
 def _obstacle(checkpoint: BaseCheckpoint) -> str | None:

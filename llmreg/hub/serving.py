@@ -13,7 +13,11 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def served_rank(rank: int) -> int | None:
-    """The smallest `--max-lora-rank` of vLLM that holds `rank`, or None."""
+    """The smallest `--max-lora-rank` of vLLM that holds `rank`, or None.
+
+    >>> served_rank(24), served_rank(1000)
+    (32, None)
+    """
     return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
 
 

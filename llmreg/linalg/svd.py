@@ -134,6 +134,12 @@ def truncated_svd(
         WeightError: NaN or Inf in `W`, an empty matrix, or a rank outside `1 ... min(m, n)`.
 
     Source: Musco & Musco 2015 (block Krylov); Halko, Martinsson & Tropp 2011, algorithms 4.4 and 5.1.
+
+    Example:
+        >>> W = torch.diag(0.5 ** torch.arange(600))
+        >>> U, S, Vh = truncated_svd(W, rank=2)
+        >>> [round(value, 5) for value in S.tolist()], tuple(U.shape), tuple(Vh.shape)
+        ([1.0, 0.5], (600, 2), (2, 600))
     """
     A = as_operator(W)
     check_rank(rank, A.shape)

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from ..hub.serving import served_rank
+from ..quiet import quiet
 from .base_model import base_dtype, name_or_path
 from .building import located_in_adapter
 from .data import load_training_data, located
 from .load import dump_recipe
 from .memory import MemoryEstimate, Parameters, count, estimate, libraries_memory, outline, targets
 from .planning import Plan, plan
-from .quiet import quiet
 from .schema import Recipe
 from .sources import is_local, is_pocket
 

@@ -11,12 +11,12 @@ from typing import Any
 from ..errors import RecipeError
 from ..evaluation.measure import Suite, forgetting
 from ..evaluation.report import machine
+from ..quiet import quiet
 from ..versions import library_versions
 from .base_model import load_base
 from .data import load_training_data
 from .load import load_recipe, make_recipe
 from .planning import plan
-from .quiet import quiet
 from .running import measure_suites, suites_of
 from .schema import Recipe
 

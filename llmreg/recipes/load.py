@@ -58,6 +58,12 @@ def make_recipe(values: Mapping[str, Any], overrides: Sequence[str] = (), *, nam
 
     Raises:
         RecipeError: as `load_recipe`, with `name` in place of the file.
+
+    Example:
+        >>> values = {"model": {"name": "pocket"}, "data": {"train": "pocket/word-problems"}}
+        >>> values |= {"adapter": {"method": "pissa", "r": 16}, "output": {"dir": "runs/mine"}}
+        >>> make_recipe(values, ["training.max_steps=20"]).training
+        {'max_steps': 20}
     """
     try:
         text = yaml.safe_dump(dict(values), sort_keys=False)

@@ -11,9 +11,9 @@ from typing import Any
 
 from ..errors import LlmregError, RecipeError
 from ..methods import Method, get_method
+from ..quiet import quiet
 from .conflicts import check_adapter, check_environment, check_output, check_sources, check_training
 from .fields import check_fields
-from .quiet import quiet
 from .schema import Recipe
 from .tasks import TASKS, TaskKind, config_class
 

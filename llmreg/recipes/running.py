@@ -12,12 +12,12 @@ from typing import Any
 from ..adapters.start_cache import default_folder, use_starts
 from ..evaluation.measure import Suite, measure
 from ..evaluation.report import Report
+from ..quiet import quiet
 from .base_model import load_base
 from .building import build_trainer, check_chat_template
 from .data import load_training_data, located, scoring_rows
 from .planning import plan
 from .progress_callback import TrainingBar
-from .quiet import quiet
 from .results import Scores, report_of, save_adapter, write_reports
 from .resuming import Checkpoints, check_same_recipe, find_checkpoint
 from .schema import Recipe

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..quiet import quiet
 from .planning import plan
-from .quiet import quiet
 from .schema import Recipe
 
 __all__ = ["StartReport", "clear_starts", "list_starts", "prepare_starts", "starts_table"]
