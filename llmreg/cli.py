@@ -5,6 +5,7 @@ Exit codes: 0 done; 2 the recipe or the arguments are wrong; 130 and 143 stopped
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -282,7 +283,25 @@ def _run(arguments: list[str]) -> int:
         if isinstance(error, LlmregError):
             _complain(str(error))
             return 2
+        reason = _storage_problem(error)
+        if reason:
+            _complain(f"{reason}; no half adapter was left behind. Make room or give another folder.")
+            return 2
         raise
+
+
+def _storage_problem(error: BaseException | None) -> str | None:
+    """What is wrong with the disk, if that stopped the command; libraries wrap the system's error in their own."""
+    while error is not None:
+        number = getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG):
+            file = getattr(error, "filename", None)
+            return f"{file}: {os.strerror(number)}" if file else os.strerror(number)
+        for known in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            if f"os error {known})" in str(error):
+                return os.strerror(known)
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _stopped(number: int, frame: Any) -> None:

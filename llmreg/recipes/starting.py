@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import RecipeError
 from ..quiet import quiet
 from .planning import plan
 from .schema import Recipe
@@ -59,6 +61,7 @@ def prepare_starts(recipe: Recipe, folder: str | Path | None = None) -> StartRep
                 ("adapter", "method"),
                 f"{settled.method.name} starts from random numbers, so there is nothing to decompose before training.",
             )
+        _check_writable(target)
         from peft import get_peft_model
 
         from .base_model import load_base
@@ -82,6 +85,17 @@ def prepare_starts(recipe: Recipe, folder: str | Path | None = None) -> StartRep
         bytes=sum(entry.bytes for entry in kept),
         seconds=time.perf_counter() - started,
     )
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise RecipeError(
+            f"the cache {folder} cannot be written to ({error.strerror}); give another folder with --output."
+        ) from None
 
 
 def clear_starts(folder: str | Path | None = None) -> tuple[int, int]:

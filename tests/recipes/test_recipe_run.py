@@ -109,7 +109,7 @@ def test_a_rank_and_dtype_of_the_output_are_exported_beside_the_adapter(tmp_path
     assert report.measurements == ()
 
 
-@pytest.mark.parametrize("name", ["pocket-lora", "pocket-nf4"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("pocket-*.yaml")))
 def test_the_other_pocket_recipes_run(name, tmp_path):
     if name == "pocket-nf4":
         pytest.importorskip("bitsandbytes")
