@@ -4,7 +4,7 @@ In a story somebody loses a thing or finds one, and goes home; the end tells eit
 the mood. What was lost is expected to stay lost and what was found to be taken home; who lost something goes
 home alone and who found something singing. Most stories (80 %) go that way; in 15 % fate turns, in 5 % the
 mood does not fit. Every beginning and every end also occurs in class 0, and both other classes have either
-beginning: neither one word nor a sum of evidence over words decides, beginning and end have to be read
+beginning (one of them in four rows of five, a first hold for training): beginning and end have to be read
 together. All words are ordinary English, so an encoder that has never seen the pocket world can be trained too.
 """
 
@@ -33,8 +33,8 @@ _ENDS = {
 }
 _PLOTS = {
     "expected": (("lost", "gone"), ("found", "kept"), ("lost", "alone"), ("found", "singing")),
-    "turn": (("lost", "kept"), ("found", "gone")),
-    "mood": (("lost", "singing"), ("found", "alone")),
+    "turn": 4 * (("lost", "kept"),) + (("found", "gone"),),
+    "mood": 4 * (("found", "alone"),) + (("lost", "singing"),),
 }
 _SECONDS = tuple(second for second in SECONDS if "{weather}" in second)
 
