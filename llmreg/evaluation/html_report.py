@@ -39,7 +39,7 @@ def write_html(report: Mapping[str, Any], path: str | Path) -> None:
         facts=_facts(report),
         training=_training_plots(report),
         terms=_term_plots(report.get("regularizers") or {}),
-        spectrum=spectrum("Singular values of the adapted layers", report.get("singular_values") or {}),
+        spectrum=spectrum("Singular values of what the adapter adds", report.get("singular_values") or {}),
         phases=_phases(report.get("seconds") or {}),
     )
     # a path that is not valid Unicode reaches Python as lone surrogates, which UTF-8 cannot hold
@@ -104,7 +104,7 @@ def _score(row: Mapping[str, Any]) -> _Score:
 def _heldout_score(losses: Mapping[str, float]) -> _Score:
     before, after = losses["before"], losses["after"]
     shown = (f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}".replace("-", "−"))
-    detail = "mean loss in nats a trained token"
+    detail = "mean training loss"
     return _Score("held-out rows", "loss", "heldout", detail, before, after, shown, before - after)
 
 

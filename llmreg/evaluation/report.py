@@ -20,7 +20,7 @@ class Report:
     Attributes:
         method, model, seed: of the recipe.
         measurements: scores before and after, tasks first.
-        heldout_loss: {"before", "after"} in nats a trained token, or None.
+        heldout_loss: {"before", "after"}, the mean of the training loss on the held-out rows, or None.
         steps, train_loss: optimizer steps, and the mean training loss over them.
         losses: the loss curve, one {"step", "loss", "learning_rate"} a log line.
         trainable_parameters, total_parameters: of the model with its adapter.
@@ -33,7 +33,7 @@ class Report:
         load: two lines of Python that load the adapter.
         versions, machine: of the libraries, and of what it ran on.
         regularizers: None, or {name: [[step, value], ...]} as they were logged.
-        singular_values: None, or {layer: [values, largest first]} of the adapted weights.
+        singular_values: None, or {layer: [values, largest first]} of what the adapter adds to it.
         recipe: None, or the whole recipe as YAML.
     """
 
@@ -87,6 +87,8 @@ class Report:
             lines.append(
                 f"[bold]Exported[/]  {escape(self.export['path'])} (rank {rank}, {dtype}, relative error {error:.1e})"
             )
+        if self.recipe is not None:
+            lines.append(f"[bold]Report[/]    {escape(os.path.join(os.path.dirname(self.adapter), 'report.html'))}")
         lines.append("[bold]Load it[/]   " + "\n          ".join(escape(line) for line in self.load))
         table = self._table()
         return [table, *lines] if table.row_count else list(lines)

@@ -18,6 +18,7 @@ BASE = yaml.safe_load(VALID.replace("OUTPUT", "runs/never-made"))
 KEYS = sorted(
     {*BASE, *(key for section in BASE.values() if isinstance(section, dict) for key in section)}
     | set("rank_pattern alpha_pattern lora_dropout lora_alpha bias optim warmup_steps fsdp deepspeed packing".split())
+    | set("include task max_length beta test split config save_strategy resume_from_checkpoint".split())
     | set("revision dtype quantization heldout limit columns serve rank svd oversample seed report_to".split())
 )
 SCALARS = (
@@ -28,6 +29,9 @@ SCALARS = (
     | st.floats()
     | st.text(max_size=8)
     | st.sampled_from([*KEYS, "all-linear", "pocket", "lora", "nf4", "vllm", "steps", "1e-3", ".inf", "~", "<<"])
+    | st.sampled_from(
+        ["dpo", "classification", "${HOME}", "${LLMREG_GONE}", "${A:-b}", "recipe.yaml", "pocket/preferences"]
+    )
 )
 VALUES = st.recursive(
     SCALARS,
