@@ -15,6 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import logging
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,8 @@ import torch
 from llmreg import AdditiveConfig
 
 torch.set_num_threads(1)
+#: What the user of this machine keeps in the cache decides no test.
+os.environ["LLMREG_CACHE"] = os.path.join(tempfile.gettempdir(), f"llmreg-tests-{os.getpid()}")
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 #: Config factories of all additive methods, by the method's name.
