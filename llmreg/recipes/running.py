@@ -84,9 +84,15 @@ def run(recipe: Recipe, *, resume: bool | str = False, allow_changes: bool = Fal
         heldout = _Heldout(trainer, data.heldout is not None)
         with clock.timing("evaluate"):
             heldout.measure("before")
-        tracked = TrackedScores(trainer, before, lambda: measure_suites(recipe, trainer.model, tokenizer, suites))
+        checkpoints = Checkpoints(recipe)
+        tracked = TrackedScores(
+            trainer,
+            before,
+            measure=lambda: measure_suites(recipe, trainer.model, tokenizer, suites),
+            stopped=lambda: checkpoints.stopped,
+        )
         with clock.timing("train"):
-            outcome = _train(trainer, recipe, checkpoint)
+            outcome = _train(trainer, checkpoints, checkpoint)
         clock.move(tracked.seconds, "train", "evaluate")
         with clock.timing("evaluate"):
             heldout.measure("after")
@@ -175,9 +181,8 @@ class _Heldout:
 # -- training -------------------------------------------------------------------------------------------------
 
 
-def _train(trainer: Any, recipe: Recipe, checkpoint: Path | None) -> Any:
+def _train(trainer: Any, checkpoints: Checkpoints, checkpoint: Path | None) -> Any:
     bars = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, TrainingBar)]
-    checkpoints = Checkpoints(recipe)
     trainer.add_callback(checkpoints)
     try:
         with checkpoints.stopping_on_sigterm():

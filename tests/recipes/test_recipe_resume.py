@@ -101,11 +101,15 @@ def test_sigterm_while_training_writes_a_checkpoint_and_the_run_goes_on_from_it(
 
     with monkeypatch.context() as patch:
         patch.setattr(running_module, "build_trainer", with_a_signal)
+        measured = []
+        measure = running_module.measure_suites
+        patch.setattr(running_module, "measure_suites", lambda *given: measured.append(given) or measure(*given))
         before = signal.getsignal(signal.SIGTERM)
         with pytest.raises(TrainingStopped) as caught:
             run(recipe(folder, "training.save_strategy=no"))
         assert signal.getsignal(signal.SIGTERM) is before
     assert caught.value.code == 143
+    assert len(measured) == 1  # before training; who sends SIGTERM does not wait for scores
     assert "checkpoint-3; continue with --resume" in str(caught.value)
     assert not (folder / "adapter").exists()
     run(recipe(folder, "training.save_strategy=no"), resume=True)
