@@ -36,9 +36,10 @@ class _Finder(importlib.abc.MetaPathFinder):
             execute = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:  # not here: `find_spec` is also how others ask for PEFT
-                sys.meta_path.remove(self)
-                execute(module)
-                self.action()
+                execute(module)  # raises where PEFT cannot be imported; it may be tried again
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
+                    self.action()
 
             loader: Any = spec.loader
             loader.exec_module = exec_module

@@ -282,31 +282,31 @@ def _run(arguments: list[str]) -> int:
 
         if isinstance(error, LlmregError):
             _complain(str(error))
-            return 2
+            return 1 if isinstance(error, OSError) else 2  # the Hub or the network is no mistake of the user's
         reason = _storage_problem(error)
         if reason:
-            _complain(f"{reason}; no half adapter was left behind. Make room or give another folder.")
+            _complain(f"{reason}; make room or give another folder.")
             return 2
         raise
 
 
-def _storage_problem(error: BaseException | None) -> str | None:
+def _storage_problem(error: BaseException) -> str | None:
     """What is wrong with the disk, if that stopped the command; libraries wrap the system's error in their own."""
-    while error is not None:
-        number = getattr(error, "errno", None)
-        if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG):
-            file = getattr(error, "filename", None)
-            return f"{file}: {os.strerror(number)}" if file else os.strerror(number)
-        for known in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            if f"os error {known})" in str(error):
-                return os.strerror(known)
-        error = error.__cause__ or error.__context__
+    if isinstance(error, PermissionError):
+        return f"{error.filename}: {error.strerror}"
+    cause: BaseException | None = error
+    while cause is not None:
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            if getattr(cause, "errno", None) == number or f"os error {number})" in str(cause):
+                file = getattr(cause, "filename", None)
+                return f"{file}: {os.strerror(number)}" if file else os.strerror(number)
+        cause = cause.__cause__ or cause.__context__
     return None
 
 
 def _stopped(number: int, frame: Any) -> None:
     name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-    _complain(f"stopped by {name}; nothing half-written was left behind.")
+    _complain(f"stopped by {name}.")
     raise SystemExit(128 + number)
 
 
@@ -331,7 +331,9 @@ def _complain(message: str) -> None:
 
 
 def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+    from .files import finite
+
+    sys.stdout.write(json.dumps(finite(value), indent=2, default=str, allow_nan=False) + "\n")
 
 
 def _print(*renderables: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["commit_folder", "file_digest", "staged_folder", "write_json", "write_text"]
+__all__ = ["commit_folder", "file_digest", "finite", "staged_folder", "write_json", "write_text"]
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -33,8 +34,17 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write `value` as indented JSON with sorted keys, by atomic rename."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+    """Write `value` as indented JSON with sorted keys, by atomic rename; NaN and infinite numbers become null."""
+    write_text(path, json.dumps(finite(value), indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """`value` with None in place of NaN and infinite numbers, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def file_digest(path: str | os.PathLike) -> str:

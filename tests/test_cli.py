@@ -216,6 +216,24 @@ def test_what_makes_no_sense_is_one_message_and_nothing_is_written(cli, argument
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_no_mistake_of_the_users_is_exit_code_1(cli, monkeypatch, tmp_path):
+    from llmreg.hub import push as pushing
+
+    def down(*arguments, **options):
+        raise pushing.PushError("the Hub cannot be reached; try again later.")
+
+    monkeypatch.setattr(pushing, "push", down)
+    code, out, err = cli("push", tmp_path, "me/x")
+    assert (code, out, err) == (1, "", "llmreg: the Hub cannot be reached; try again later.\n")
+
+
+def test_numbers_that_json_lacks_are_null(cli, capsys):
+    from llmreg.cli import _print_json
+
+    _print_json({"loss": float("nan"), "perplexity": [float("inf"), 1.5]})
+    assert json.loads(capsys.readouterr().out) == {"loss": None, "perplexity": [None, 1.5]}
+
+
 def test_help_names_every_command(cli):
     _, out, _ = cli("--help")
     for command in ("train", "validate", "methods", "schema", "init", "eval", "export", "merge", "push"):

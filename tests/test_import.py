@@ -28,6 +28,19 @@ def test_peft_knows_the_methods_in_whatever_order_they_are_imported(code):
     assert done.returncode == 0, done.stderr
 
 
+def test_an_import_of_peft_that_fails_first_does_not_lose_the_registration(tmp_path):
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / "__init__.py").write_text("raise ImportError('not today')")
+    code = (
+        "import sys, llmreg\n"
+        f"sys.path.insert(0, {str(tmp_path)!r})\n"
+        "try:\n import peft\nexcept ImportError: pass\nelse: raise SystemExit('it should have failed')\n"
+        f"sys.path.remove({str(tmp_path)!r})\n{REGISTERED}"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_no_test_reaches_the_hub():
     from huggingface_hub import constants
 

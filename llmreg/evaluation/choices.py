@@ -79,6 +79,7 @@ def classification(
     examples: Sequence[Mapping[str, Any]],
     *,
     batch_size: int = 64,
+    max_length: int = 512,
     progress: Progress | None = None,
 ) -> dict[str, float]:
     """Accuracy, and the mean of the classes' F1 scores (a class that nobody predicts and nobody has is left out).
@@ -86,7 +87,7 @@ def classification(
     Args:
         model: a sequence classifier, plain or PEFT, whose config names the classes. tokenizer: its tokenizer.
         examples: rows with ``text`` (and ``text_pair``) and ``label``, a number or a class name.
-        batch_size: rows a batch. progress: called after every batch.
+        batch_size: rows a batch. max_length: tokens of a row that are read. progress: called after every batch.
 
     Returns:
         ``{"accuracy", "macro F1"}``, both between 0 and 1.
@@ -102,7 +103,8 @@ def classification(
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
             texts = [[row[column] for row in batch] for column in ("text", "text_pair") if column in batch[0]]
-            longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
+            positions = getattr(model.config, "max_position_embeddings", max_length)
+            longest = min(tokenizer.model_max_length, positions, max_length)
             encoding = tokenizer(*texts, truncation=True, max_length=longest, padding=True, return_tensors="pt")
             logits = model(**encoding.to(device_of(model))).logits
             predicted += logits.argmax(-1).tolist()

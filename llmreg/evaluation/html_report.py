@@ -130,7 +130,7 @@ def _summary(rows: Sequence[_Score], report: Mapping[str, Any]) -> list[tuple[st
     heldout = report.get("heldout_loss")
     if not summary and heldout:
         score = _heldout_score(heldout)
-        summary = [("Held-out loss", f"it {_moved(score.before, score.after, *score.shown[:2])} nats a token.")]
+        summary = [("Held-out loss", f"it {_moved(score.before, score.after, *score.shown[:2])}.")]
     if not summary:
         ending = f" to a mean loss of {report['train_loss']:.3f}" if "train_loss" in report else ""
         summary = [("Trained", f"{report.get('steps', 0):,} steps{ending}; nothing was measured before and after.")]

@@ -67,24 +67,34 @@ def forgetting(metric: str, before: float, after: float) -> float:
 
 
 def measure(
-    model: Any, tokenizer: Any, suites: Sequence[Suite], *, batch_size: int = 64, max_new_tokens: int | None = None
+    model: Any,
+    tokenizer: Any,
+    suites: Sequence[Suite],
+    *,
+    batch_size: int = 64,
+    max_new_tokens: int | None = None,
+    max_length: int = 512,
 ) -> dict[tuple[str, str], float]:
     """Score `model` on every suite, by the suite's name and the metric.
+
+    `max_length` is that of the texts that are classified, in tokens.
 
     Raises:
         RecipeError: rows that cannot be scored.
     """
     scores: dict[tuple[str, str], float] = {}
     for suite in track(suites, "evaluating", unit="sources"):
-        for metric, value in _scores(model, tokenizer, suite, batch_size, max_new_tokens).items():
+        for metric, value in _scores(model, tokenizer, suite, batch_size, max_new_tokens, max_length).items():
             scores[suite.name, metric] = value
     return scores
 
 
-def _scores(model: Any, tokenizer: Any, suite: Suite, batch_size: int, max_new_tokens: int | None) -> dict[str, float]:
+def _scores(
+    model: Any, tokenizer: Any, suite: Suite, batch_size: int, max_new_tokens: int | None, max_length: int
+) -> dict[str, float]:
     metric = suite.metrics[0]
     if metric == "accuracy":
-        return classification(model, tokenizer, suite.rows, batch_size=batch_size)
+        return classification(model, tokenizer, suite.rows, batch_size=batch_size, max_length=max_length)
     if metric == "preference accuracy":
         score = preference_accuracy(model, tokenizer, suite.rows, batch_size=min(batch_size, 16))
     elif metric == "exact match":

@@ -35,6 +35,7 @@ class Report:
         regularizers: None, or {name: [[step, value], ...]} as they were logged.
         singular_values: None, or {layer: [values, largest first]} of what the adapter adds to it.
         recipe: None, or the whole recipe as YAML.
+        classes: of a classification, in the order of their numbers, else None.
     """
 
     method: str
@@ -60,6 +61,7 @@ class Report:
     regularizers: dict[str, list[list[float]]] | None = None
     singular_values: dict[str, list[float]] | None = None
     recipe: str | None = None
+    classes: tuple[str, ...] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain values."""

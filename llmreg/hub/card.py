@@ -202,7 +202,14 @@ def _how_to_load(facts: Facts) -> str:
         "import peft, transformers",
         f'transformers.{facts.task[1]}.from_pretrained("path-of-the-base-model")',
     )
-    if facts.is_pocket:
+    classes = facts.report.get("classes")
+    if facts.task[0] == "text-classification":
+        name = f'"{facts.base}"' if facts.base else '"path-of-the-base-model"'
+        if facts.is_pocket:
+            imports, name = "import llmreg.pocket, peft, transformers", "llmreg.pocket.path()"
+        labels = f", num_labels={len(classes)}" if classes else ", num_labels=NUMBER_OF_CLASSES"
+        base = f"transformers.{facts.task[1]}.from_pretrained({name}{labels})"
+    elif facts.is_pocket:
         imports, base = "import llmreg.pocket, peft", "llmreg.pocket.load_model()"
     elif facts.base:
         revision = f', revision="{facts.revision}"' if facts.revision else ""
@@ -210,6 +217,8 @@ def _how_to_load(facts: Facts) -> str:
     load = (
         f'base = {base}\nmodel = peft.PeftModel.from_pretrained(base, "owner/name")  # of this repository, or a folder'
     )
+    if classes:
+        load += f"\nclasses = {list(map(str, classes))}"
     parts = [f"## How to load it\n\nWith plain PEFT:\n\n```python\n{imports}\n\n{load}\n```", _vllm(facts)]
     if facts.sidecar and not facts.exported:
         parts.append(
@@ -257,7 +266,7 @@ def _results(facts: Facts) -> str:
     loss = facts.report.get("heldout_loss") or {}
     before, after = loss.get("before"), loss.get("after")
     if _finite(before) and _finite(after):
-        rows.append(f"| held-out loss (nats a token) | task | | {before:.3f} | {after:.3f} | {after - before:+.3f} |")
+        rows.append(f"| held-out loss | task | | {before:.3f} | {after:.3f} | {after - before:+.3f} |")
     if not rows:
         return ""
     head = ["| measured on | role | rows | before | after | change |", "|---|---|---:|---:|---:|---:|"]

@@ -25,11 +25,11 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import AdapterFileError, BaseMismatchError, LlmregError, RecipeError, WeightError
+from ..errors import AdapterFileError, BaseMismatchError, LlmregError, RecipeError, UnsupportedError, WeightError
 from ..files import commit_folder, file_digest, staged_folder, write_json, write_text
 from ..progress import track
 from ..weights import bytes_hash
-from .base_checkpoint import BaseCheckpoint, locate_base
+from .base_checkpoint import DOWNLOADED, NOT_DOWNLOADED, BaseCheckpoint, locate_base
 from .lora_files import check_new_folder, float_dtype
 from .parity import parity
 from .plain_lora import Change, PlainLora, read_plain_lora
@@ -156,6 +156,11 @@ def _planned(adapter: PlainLora, checkpoint: BaseCheckpoint) -> dict[str, Change
     """The changes by checkpoint key, every one with a tensor of the shape it needs."""
     plan: dict[str, Change] = {}
     for change in adapter.changes:
+        if change.kind == "replace" and adapter.config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
+            raise UnsupportedError(
+                f"The adapter brings {change.parameter!r}, a head for {adapter.config.task_type}; a checkpoint of the "
+                "base's layout cannot hold it: use the adapter unmerged, or merge it with PEFT's merge_and_unload."
+            )
         _, entry = checkpoint.find(change.parameter)
         shapes = [adapter.file.entries[key].shape for key in change.keys]
         expected = shapes[0]
@@ -319,10 +324,10 @@ def _write_small_files(
     adapter: PlainLora, checkpoint: BaseCheckpoint, staging: Path, target: torch.dtype | None
 ) -> None:
     """Config, tokenizer and the like, copied; a card of its own instead of the base's."""
-    for source in sorted(checkpoint.folder.rglob("*")):
+    for source in sorted(path for pattern in DOWNLOADED for path in checkpoint.folder.glob(pattern)):
         place = source.relative_to(checkpoint.folder)
-        hidden = any(part.startswith(".") for part in place.parts)
-        if hidden or not source.is_file() or source.name.endswith(_WEIGHTS) or source.stat().st_size > _SMALL:
+        left_out = any(source.match(pattern) for pattern in NOT_DOWNLOADED if "/" not in pattern)
+        if left_out or not source.is_file() or source.name.endswith(_WEIGHTS) or source.stat().st_size > _SMALL:
             continue
         (staging / place).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, staging / place)

@@ -30,7 +30,7 @@ _SECRETS = re.compile(
     | -----BEGIN\ [A-Z ]*PRIVATE\ KEY----- .*? (?: -----END\ [A-Z ]*----- | \Z )
     | (?i: \b bearer ) \s+ [\w.~+/=-]{{8,}}
     | (?<=://) [^/\s:@]* : [^/\s@]+ (?=@)
-    | (?P<kept> (?i: \b (?: api[_-]?key | secret(?:[_-]key)? | passw(?:or)?d | access[_-]key
+    | (?P<kept> (?i: (?<![A-Za-z0-9]) [\w-]*? (?: api[_-]?key | secret(?:[_-]key)? | passw(?:or)?d | access[_-]key
         | (?:hub|auth|access)[_-]token ) )
         ["']? \s* [=:] \s* ) (?!removed-secret) [^\s,;]+
     | \b (?=[A-Za-z0-9]*[a-z]) (?=[A-Za-z0-9]*[A-Z]) (?=[A-Za-z0-9]*[0-9]) [A-Za-z0-9]{{30,}} \b
@@ -199,6 +199,6 @@ def _section(recipe: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 _REPORTED = (
-    "method model seed measurements heldout_loss steps train_loss losses trainable_parameters total_parameters "
+    "classes method model seed measurements heldout_loss steps train_loss losses trainable_parameters total_parameters "
     "adapter_bytes rank start_hash export versions"
 ).split()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import RecipeError
-from .data import located
+from .data import Classes, located
 from .schema import Recipe
 from .tasks import TASKS
 
@@ -24,12 +23,12 @@ def name_or_path(recipe: Recipe) -> str:
     return str(Path(name).expanduser()) if name.startswith("~") else name
 
 
-def load_base(recipe: Recipe, *, gpu: bool, classes: Sequence[str] | None = None) -> tuple[Any, Any]:
+def load_base(recipe: Recipe, *, gpu: bool, classes: Classes | None = None) -> tuple[Any, Any]:
     """Load model and tokenizer.
 
     Args:
         gpu: load onto (and compute on) the GPU.
-        classes: names of the labels for classification, whose new head the recipe's seed decides. What the checkpoint
+        classes: of a classification, whose new head the recipe's seed decides. What the checkpoint
             does not hold is listed in the model's `new_modules`.
 
     Raises:
@@ -42,7 +41,7 @@ def load_base(recipe: Recipe, *, gpu: bool, classes: Sequence[str] | None = None
     name, revision = name_or_path(recipe), recipe.model.revision
     with located(recipe, "model", "name"):
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
             model, loading = auto_class.from_pretrained(
                 name,
                 revision=revision,
@@ -50,9 +49,18 @@ def load_base(recipe: Recipe, *, gpu: bool, classes: Sequence[str] | None = None
                 quantization_config=_quantization(recipe, gpu),
                 device_map={"": 0} if gpu else None,
                 use_safetensors=True,
+                trust_remote_code=False,
                 output_loading_info=True,
                 **_labels(classes),
             )
+        except RuntimeError as error:
+            if "size mismatch" not in str(error) and "ignore_mismatched_sizes" not in str(error):
+                raise
+            number = len(classes.names) if classes else 0
+            raise RecipeError(
+                f"the checkpoint of {recipe.model.name} does not fit: it has a head for another number of classes than "
+                f"the data's {number}; give the base model without its head."
+            ) from None
         except (OSError, ValueError, ImportError, KeyError) as error:
             reason = " ".join(str(error).split())[:400].rstrip(".")
             raise RecipeError(f"the model {recipe.model.name} cannot be loaded: {reason}.") from None
@@ -72,10 +80,10 @@ def load_base(recipe: Recipe, *, gpu: bool, classes: Sequence[str] | None = None
     return model, tokenizer
 
 
-def _labels(classes: Sequence[str] | None) -> dict[str, Any]:
+def _labels(classes: Classes | None) -> dict[str, Any]:
     if classes is None:
         return {}
-    names = dict(enumerate(classes))
+    names = dict(enumerate(classes.names))
     return {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
 
 

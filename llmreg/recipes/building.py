@@ -68,10 +68,9 @@ def _trainer(settled: Plan, model: Any, tokenizer: Any, data: TrainingData) -> A
 
         from .classification import classification_trainer
 
-        assert data.classes is not None
         _train_new_modules(settled.adapter, model)
         wrapped = get_peft_model(model, settled.adapter)
-        return classification_trainer(wrapped, settled.training, tokenizer, data.train, data.heldout, data.classes)
+        return classification_trainer(wrapped, settled.training, tokenizer, data.train, data.heldout)
     import trl
 
     trainer_class = {"sft": trl.SFTTrainer, "dpo": trl.DPOTrainer}[settled.recipe.task]

@@ -5,13 +5,10 @@ The head is new, so it is trained in full and saved with the adapter (PEFT's `mo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
-
-from .data import numbered
 
 __all__ = ["ClassificationConfig", "classification_trainer"]
 
@@ -24,13 +21,13 @@ class ClassificationConfig(TrainingArguments):
 
 
 def classification_trainer(
-    model: Any, arguments: ClassificationConfig, tokenizer: Any, train: Any, heldout: Any, classes: Sequence[str]
+    model: Any, arguments: ClassificationConfig, tokenizer: Any, train: Any, heldout: Any
 ) -> Trainer:
     """A `Trainer` for a PEFT model with a classification head.
 
     Args:
-        train, heldout: `datasets.Dataset`s with `text`, perhaps `text_pair`, and `label`; `heldout` may be None.
-        classes: names of the labels, in the order of their numbers.
+        train, heldout: `datasets.Dataset`s with `text`, perhaps `text_pair`, and `label`, a number; `heldout` may be
+            None.
     """
 
     def encoded(rows: Any) -> Any:
@@ -39,7 +36,7 @@ def classification_trainer(
         def encode(batch: dict[str, list]) -> dict[str, list]:
             texts = [list(batch[column]) for column in columns]
             encoding = tokenizer(*texts, truncation=True, max_length=_longest(arguments, tokenizer, model))
-            return {**encoding, "labels": numbered(batch["label"], classes)}
+            return {**encoding, "labels": batch["label"]}
 
         return rows.map(encode, batched=True, remove_columns=rows.column_names, desc="Tokenizing")
 

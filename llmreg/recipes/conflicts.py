@@ -58,6 +58,10 @@ def check_adapter(recipe: Recipe, method: Method, config: Any) -> int:
 
 
 def _check_vllm(recipe: Recipe, method: Method, config: Any, exported: int) -> None:
+    if recipe.task == "classification":
+        raise recipe.error(
+            ("output", "serve"), "vLLM does not load adapters that bring a classification head; remove output.serve."
+        )
     if served_rank(exported) is None:
         times = f" ({method.saved_rank} x r)" if method.saved_rank > 1 and not recipe.output.rank else ""
         raise recipe.error(

@@ -12,6 +12,7 @@ import string
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..errors import RecipeError
@@ -19,7 +20,16 @@ from .schema import Recipe
 from .sources import columns_problem, is_local, is_pocket, kind_of, load_source
 from .tasks import SCORED_FORMATS, TASKS, Formats
 
-__all__ = ["TrainingData", "classes_of", "in_format", "load_training_data", "located", "numbered", "scoring_rows"]
+__all__ = [
+    "Classes",
+    "TrainingData",
+    "classes_of",
+    "in_format",
+    "load_training_data",
+    "located",
+    "numbered",
+    "scoring_rows",
+]
 
 #: GSM8K as published, in the form lm-evaluation-harness asks it in.
 _QUESTION_ANSWER = {"prompt": "Question: {question}\nAnswer:", "completion": " {answer}"}
@@ -29,15 +39,28 @@ _TEXT = ("text", "text_pair")
 
 
 @dataclass(frozen=True)
+class Classes:
+    """The classes of a classification.
+
+    Attributes:
+        names: in the order of their numbers.
+        by_name: the training data gives labels as text, so that a number elsewhere is a name too, not a position.
+    """
+
+    names: tuple[str, ...]
+    by_name: bool
+
+
+@dataclass(frozen=True)
 class TrainingData:
     """`datasets.Dataset`s in one of the task's formats; `heldout` is None if the recipe asks for none.
 
-    `classes` are the names of the labels for classification, in the order of their numbers, else None.
+    For classification labels are numbers, and `classes` says what they are called; else it is None.
     """
 
     train: Any
     heldout: Any
-    classes: tuple[str, ...] | None = None
+    classes: Classes | None = None
 
 
 @contextmanager
@@ -59,12 +82,14 @@ def load_training_data(recipe: Recipe) -> TrainingData:
     with located(recipe, "data", "train"):
         train = in_format(load_source(data.train, data.split, data.config), data.columns, formats)
         classes = classes_of(train, data.train) if recipe.task == "classification" else None
+        if classes:
+            train = _with_numbers(train, classes)
     if data.test:
         with located(recipe, "data", "test"):
             heldout = in_format(load_source(data.test, data.test_split, data.config), data.columns, formats)
             heldout = _first(heldout, recipe.evaluation.limit)
             if classes:
-                numbered(heldout["label"], classes)
+                heldout = _with_numbers(heldout, classes)
         return TrainingData(train, heldout, classes)
     if not recipe.evaluation.heldout:
         return TrainingData(train, None, classes)
@@ -78,15 +103,18 @@ def load_training_data(recipe: Recipe) -> TrainingData:
     return TrainingData(train.select(others), train.select(chosen), classes)
 
 
-def scoring_rows(recipe: Recipe, name: str) -> list[dict[str, Any]]:
+def scoring_rows(recipe: Recipe, name: str, classes: Classes | None = None) -> list[dict[str, Any]]:
     """Rows of one source of `evaluation`, in one of the formats that are scored for the recipe's task.
+
+    The `test` split, or the whole of a single file. Labels are numbers of `classes`.
 
     Raises:
         RecipeError: as `load_training_data`; conversations are not scored in this version.
     """
     same = name == recipe.data.train
     config = recipe.data.config if same else None
-    rows = load_source(name, "train" if is_local(name) and not is_pocket(name) else "test", config)
+    is_file = is_local(name) and not is_pocket(name) and not Path(name).expanduser().is_dir()
+    rows = load_source(name, "train" if is_file else "test", config)
     mapping, formats = recipe.data.columns or {}, SCORED_FORMATS[TASKS[recipe.task].peft_task_type]
     fits = any(set(mapping) == set(wanted) for wanted in formats) and all(
         set(_columns_in(value, rows.column_names)) <= set(rows.column_names) for value in mapping.values()
@@ -94,26 +122,28 @@ def scoring_rows(recipe: Recipe, name: str) -> list[dict[str, Any]]:
     if not fits and set(_MESSAGES) & set(rows.column_names):
         raise RecipeError(f"{name} holds conversations, which this version does not score; give prompt and completion.")
     rows = _first(in_format(rows, mapping if fits else None, formats), recipe.evaluation.limit)
+    if classes is not None:
+        rows = _with_numbers(rows, classes)
     listed: list[dict[str, Any]] = rows.to_list()
     if "prompt" in rows.column_names and not isinstance(listed[0]["prompt"], str):
         raise RecipeError(f"{name} holds conversations, which this version does not score; give prompts as text.")
     return listed
 
 
-def classes_of(rows: Any, name: str) -> tuple[str, ...]:
-    """The names of the classes: those the data set carries, its text labels in order, or the numbers as text.
+def classes_of(rows: Any, name: str) -> Classes:
+    """The classes: those the data set names, its text labels in order, or the numbers as text.
 
     Raises:
         RecipeError: fewer than two classes, or numbers that do not start at 0 or leave one out.
     """
     feature = rows.features["label"]
     if hasattr(feature, "names"):
-        return tuple(feature.names)
+        return Classes(tuple(feature.names), by_name=False)
     labels = sorted(set(rows["label"]))
     if len(labels) < 2:
         raise RecipeError(f"all rows have the label {labels[0]!r}; classification needs at least two classes.")
     if isinstance(labels[0], str):
-        return tuple(labels)
+        return Classes(tuple(labels), by_name=True)
     if labels != list(range(len(labels))):
         raise RecipeError(
             f"the labels are {', '.join(map(str, labels[:8]))}; number them from 0 without a gap, or give them as text."
@@ -121,24 +151,29 @@ def classes_of(rows: Any, name: str) -> tuple[str, ...]:
     if is_pocket(name):
         from ..pocket import TASKS as POCKET_TASKS
 
-        return POCKET_TASKS[name].classes or tuple(map(str, labels))
-    return tuple(map(str, labels))
+        return Classes(POCKET_TASKS[name].classes, by_name=False)
+    return Classes(tuple(map(str, labels)), by_name=False)
 
 
-def numbered(labels: Sequence[int | str], classes: Sequence[str]) -> list[int]:
+def numbered(labels: Sequence[int | str], classes: Classes) -> list[int]:
     """Labels as numbers of `classes`.
 
     Raises:
         RecipeError: a label that the training data does not have, by its row.
     """
-    numbers = {name: number for number, name in enumerate(classes)}
+    numbers = {name: number for number, name in enumerate(classes.names)}
     out = []
     for row, label in enumerate(labels, start=1):
-        number = numbers.get(label, -1) if isinstance(label, str) else label
-        if not 0 <= number < len(classes):
-            raise RecipeError(f"row {row} has the label {label!r}; the training data has {', '.join(classes)}.")
+        number = numbers.get(str(label), -1) if isinstance(label, str) or classes.by_name else label
+        if not 0 <= number < len(classes.names):
+            known = ", ".join(classes.names)
+            raise RecipeError(f"row {row} has the label {label!r}; the training data has {known}.")
         out.append(number)
     return out
+
+
+def _with_numbers(rows: Any, classes: Classes) -> Any:
+    return rows.remove_columns("label").add_column("label", numbered(rows["label"], classes))
 
 
 def _first(rows: Any, limit: int | None) -> Any:

@@ -16,7 +16,7 @@ import yaml
 
 from ..errors import RecipeError
 
-__all__ = ["MAX_BYTES", "Document", "Location", "parse", "parse_value", "read_text"]
+__all__ = ["MAX_BYTES", "Document", "Location", "PlainDumper", "parse", "parse_value", "read_text"]
 
 MAX_BYTES = 1_000_000
 _MAX_DEPTH = 16
@@ -80,6 +80,19 @@ _Loader.add_implicit_resolver(
     ),
     list("-+0123456789."),
 )
+
+
+class PlainDumper(yaml.SafeDumper):
+    """Writes text in quotes wherever `parse` would read something else without them, such as 1e5."""
+
+    def represent_text(self, text: str) -> Any:
+        plain = self.represent_str(text)
+        if plain.style is None and _Loader("").resolve(yaml.ScalarNode, text, (True, False)) != "tag:yaml.org,2002:str":
+            plain.style = "'"
+        return plain
+
+
+PlainDumper.add_representer(str, PlainDumper.represent_text)
 
 
 class _Refused(Exception):

@@ -162,7 +162,7 @@ def _labels(recipe: Recipe) -> tuple[int | None, list[str]]:
     if is_pocket(recipe.data.train) or is_local(recipe.data.train):
         classes = load_training_data(recipe).classes
         assert classes is not None
-        return len(classes), []
+        return len(classes.names), []
     return _LABELS, [f"The number of classes is not known before the data is downloaded; {_LABELS} are assumed."]
 
 

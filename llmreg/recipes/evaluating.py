@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import RecipeError
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
+from ..errors import AdapterFileError, RecipeError
 from ..evaluation.measure import Suite, forgetting
 from ..evaluation.report import machine
 from ..quiet import quiet
@@ -19,6 +21,7 @@ from .load import load_recipe, make_recipe
 from .planning import plan
 from .running import measure_suites, suites_of
 from .schema import Recipe
+from .tasks import TASKS
 
 __all__ = ["Evaluation", "evaluate"]
 
@@ -90,14 +93,12 @@ def evaluate(source: str | Path, overrides: Sequence[str] = (), *, merged: bool 
         )
     with quiet():
         settled = plan(recipe, resume=True)
-        suites = suites_of(recipe)
         classes = load_training_data(recipe).classes if recipe.task == "classification" else None
+        suites = suites_of(recipe, classes)
         model, tokenizer = load_base(recipe, gpu=not settled.training.use_cpu, classes=classes)
         scores = {"base": measure_suites(recipe, model, tokenizer, suites), "adapter": {}, "merged": {}}
         if adapter is not None:
             from peft import PeftModel
-
-            import llmreg.hub  # noqa: F401, mounts adapters that have a sidecar as what they are
 
             model = PeftModel.from_pretrained(model, adapter)
             scores["adapter"] = measure_suites(recipe, model, tokenizer, suites)
@@ -135,29 +136,41 @@ def _resolved(source: str | Path, overrides: Sequence[str]) -> tuple[Recipe, str
         recipe = load_recipe(source, overrides)
         folder = Path(recipe.output.dir).expanduser() / "adapter"
         return recipe, str(folder) if folder.is_dir() else None
-    run = path if (path / "adapter").is_dir() else path.parent
-    adapter = path / "adapter" if run is path else path
-    if (run / "recipe.yaml").is_file() and adapter.is_dir():
-        return load_recipe(run / "recipe.yaml", overrides), str(adapter)
+    adapter = path / "adapter" if (path / "adapter").is_dir() else path
+    if adapter.is_dir() and not (adapter / SAFETENSORS_WEIGHTS_NAME).is_file():
+        raise AdapterFileError(f"{adapter} holds no {SAFETENSORS_WEIGHTS_NAME}; give a folder with a saved adapter.")
+    for folder in dict.fromkeys((path, adapter.parent)):
+        if adapter.is_dir() and (folder / "recipe.yaml").is_file():
+            return load_recipe(folder / "recipe.yaml", overrides), str(adapter)
     if not path.is_dir() and str(source).count("/") != 1:
         raise RecipeError(f"{source} is neither a recipe, a folder nor a Hub id; give one of them.")
-    return _recipe_for(str(source), overrides), str(path) if path.is_dir() else str(source)
+    return _recipe_for(str(path) if path.is_dir() else str(source), overrides), str(
+        adapter if path.is_dir() else source
+    )
 
 
 def _recipe_for(adapter: str, overrides: Sequence[str]) -> Recipe:
     """A recipe that only measures, for an adapter that comes without one."""
+    from huggingface_hub import hf_hub_download
     from peft import PeftConfig
 
     try:
-        base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+        if not Path(adapter).is_dir():  # PEFT would load a pickle where there is no safetensors file
+            hf_hub_download(adapter, SAFETENSORS_WEIGHTS_NAME)
+        config = PeftConfig.from_pretrained(adapter)
     except (ValueError, OSError, KeyError, TypeError) as error:
-        raise RecipeError(
-            f"{adapter} holds no adapter that PEFT can read: {' '.join(str(error).split())[:300]}."
-        ) from None
-    values = {
-        "model": {"name": base or "pocket"},
+        reason = " ".join(str(error).split())[:300]
+        raise RecipeError(f"{adapter} holds no adapter that PEFT can read: {reason}.") from None
+    tasks = {kind.peft_task_type: name for name, kind in reversed(TASKS.items())}
+    values: dict[str, Any] = {
+        "model": {"name": config.base_model_name_or_path, "revision": config.revision},
+        "task": tasks.get(str(getattr(config.task_type, "value", config.task_type)), "sft"),
         "data": {"train": "pocket/word-problems"},
         "adapter": {"method": "lora"},
         "output": {"dir": "."},
     }
+    if not config.base_model_name_or_path:
+        if not any(override.startswith("model.name=") for override in overrides):
+            raise RecipeError(f"{adapter} does not name its base; write model.name=... after it.")
+        values["model"] = {"name": "pocket"}  # replaced by the override
     return make_recipe(values, overrides, name=adapter)

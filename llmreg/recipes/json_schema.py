@@ -50,7 +50,7 @@ def recipe_schema() -> dict[str, Any]:
     }
     schema["allOf"] = [
         {
-            "if": {"properties": {"task": {"const": kind.name}}, "required": [] if kind.name == "sft" else ["task"]},
+            "if": _is_task(kind.name),
             "then": {
                 "properties": {
                     "training": {
@@ -62,9 +62,7 @@ def recipe_schema() -> dict[str, Any]:
         }
         for kind in TASKS.values()
     ]
-    # A recipe that includes another may leave any section to it.
-    required = schema.pop("required")
-    schema["anyOf"] = [{"required": ["include"]}, {"required": required}]
+    _leave_to_the_included(schema)
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "$comment": f"Fields of {', '.join(f'{name} {version(name)}' for name in ('peft', 'transformers', 'trl'))}.",
@@ -72,6 +70,27 @@ def recipe_schema() -> dict[str, Any]:
         "title": "llmreg recipe",
         "description": "What `llmreg train` does; `llmreg schema` prints this schema.",
     }
+
+
+def _is_task(name: str) -> dict[str, Any]:
+    """A recipe for this task; without `task` it is sft, unless an included recipe says otherwise."""
+    written = {"properties": {"task": {"const": name}}, "required": ["task"]}
+    if name != "sft":
+        return written
+    return {"anyOf": [written, {"not": {"anyOf": [{"required": ["task"]}, {"required": ["include"]}]}}]}
+
+
+def _leave_to_the_included(schema: dict[str, Any]) -> None:
+    """What must be there must be there only in a recipe that includes no other."""
+    inner = {"adapter": schema["properties"]["adapter"].pop("required")}
+    for section in ("model", "data", "output"):
+        definition = schema["$defs"][schema["properties"][section]["$ref"].rpartition("/")[2]]
+        inner[section] = definition.pop("required")
+    whole = {
+        "required": schema.pop("required"),
+        "properties": {key: {"required": names} for key, names in inner.items()},
+    }
+    schema["anyOf"] = [{"required": ["include"]}, whole]
 
 
 def _fields(config: Any, left_out: frozenset[str]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ..errors import RecipeError
-from .document import Document, Location, parse, parse_value, read_text
+from .document import Document, Location, PlainDumper, parse, parse_value, read_text
 from .schema import SECTIONS_TO_COME, Recipe
 
 __all__ = ["dump_recipe", "load_recipe", "make_recipe", "nearest", "suggestion"]
@@ -77,7 +77,7 @@ def make_recipe(values: Mapping[str, Any], overrides: Sequence[str] = (), *, nam
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML that `load_recipe` reads again."""
-    return yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True)
+    return yaml.dump(recipe.resolved(), Dumper=PlainDumper, sort_keys=False, allow_unicode=True)
 
 
 def suggestion(given: str, known: Iterable[str]) -> str:

@@ -106,7 +106,9 @@ def outline(
         raise RecipeError(f"{path_or_name} holds no config.json; write the folder of a model, with its config.")
     labels = {"num_labels": num_labels} if task == "classification" and num_labels else {}
     try:
-        config = AutoConfig.from_pretrained(path_or_name, revision=revision, local_files_only=True, **labels)
+        config = AutoConfig.from_pretrained(
+            path_or_name, revision=revision, local_files_only=True, trust_remote_code=False, **labels
+        )
     except OSError:
         raise RecipeError(_no_config(path_or_name, revision)) from None
     except (ValueError, KeyError) as error:

@@ -36,6 +36,7 @@ _TRAINING_MANAGED = {
     "trust_remote_code": "llmreg runs no code from model repositories",
     "push_to_hub": "publish the result with llmreg push",
     "resume_from_checkpoint": "continue with llmreg train RECIPE --resume",
+    "save_only_model": "a checkpoint that cannot be resumed is of no use; the adapter is saved at the end anyway",
     "do_train": "train always trains",
     "do_eval": "write what to measure under evaluation",
     "do_predict": "write what to measure under evaluation",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,30 @@ from ..hub import read_sidecar
 from ..hub.card import write_card
 from ..hub.spectra import update_spectra
 from ..versions import library_versions
+from .data import Classes
 from .load import dump_recipe
 from .planning import Plan
+from .schema import Recipe
 from .tasks import TASKS
 
 __all__ = ["report_of", "save_adapter", "write_reports"]
 
 Scores = dict[tuple[str, str], float]
+
+
+def check_converged(recipe: Recipe, model: Any) -> None:
+    """Refuse to save an adapter that holds NaN or infinite values.
+
+    Raises:
+        RecipeError: it does.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and not bool(parameter.detach().isfinite().all()):
+            raise recipe.error(
+                ("training", "learning_rate"),
+                "the training diverged: the adapter holds NaN or infinite values and is not saved; lower "
+                "training.learning_rate, or add warmup_steps.",
+            )
 
 
 def save_adapter(settled: Plan, model: Any, folder: Path) -> dict[str, Any] | None:
@@ -37,6 +54,7 @@ def save_adapter(settled: Plan, model: Any, folder: Path) -> dict[str, Any] | No
         return None
     from ..hub import export_lora
 
+    shutil.rmtree(folder / "lora", ignore_errors=True)  # of a run that was interrupted after it
     done = export_lora(adapter, folder / "lora", rank=output.rank, dtype=output.dtype)
     return {
         "path": str(folder / "lora"),
@@ -64,7 +82,7 @@ def report_of(
     outcome: Any,
     folder: Path,
     *,
-    classes: Sequence[str] | None,
+    classes: Classes | None,
     suites: dict[str, list[Suite]],
     before: Scores,
     after: Scores,
@@ -99,6 +117,7 @@ def report_of(
         machine=machine(),
         singular_values=update_spectra(adapter),
         recipe=dump_recipe(recipe),
+        classes=None if classes is None else classes.names,
         **facts,
     )
 
@@ -121,12 +140,12 @@ def _mean_loss(curve: tuple[dict[str, float], ...], otherwise: float) -> float:
     return sum(weight * line["loss"] for weight, line in zip(weights, curve, strict=True)) / sum(weights)
 
 
-def _how_to_load(settled: Plan, adapter: Path, classes: Sequence[str] | None) -> tuple[str, ...]:
+def _how_to_load(settled: Plan, adapter: Path, classes: Classes | None) -> tuple[str, ...]:
     recipe = settled.recipe
     name = "llmreg.pocket.path()" if recipe.model.name == "pocket" else repr(recipe.model.name)
     base = f"transformers.{TASKS[recipe.task].auto_class}.from_pretrained({name})"
     if classes is not None:
-        base = f"{base[:-1]}, num_labels={len(classes)})"
+        base = f"{base[:-1]}, num_labels={len(classes.names)})"
     elif recipe.model.name == "pocket":
         base = "llmreg.pocket.load_model()"
     return (f"base = {base}", f"model = peft.PeftModel.from_pretrained(base, {str(adapter)!r})")

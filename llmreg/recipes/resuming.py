@@ -1,11 +1,14 @@
 """Continuing a run: checkpoints that carry their recipe, one on SIGTERM, and the recipe compared before going on.
 
-A checkpoint is whole once its `recipe.yaml` is there, which is written last. Trainer's state files (optimizer, random
-state) are read only here, from the run's own folder, by transformers with `weights_only`.
+A checkpoint is whole when the recipe, the adapter, the optimizer, scheduler and random states and Trainer's own state,
+which is written last, are all there. These state files are read only here, from the run's own folder, by transformers
+with `weights_only`.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -14,43 +17,62 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import TrainerCallback
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer_utils import TrainOutput
 
 from ..errors import RecipeError, TrainingStopped
 from ..files import write_text
 from .load import dump_recipe
 from .schema import Recipe
 
-__all__ = ["Checkpoints", "check_same_recipe", "find_checkpoint"]
+__all__ = ["Checkpoints", "check_same_recipe", "find_checkpoint", "finish_from", "is_whole"]
 
 _RECIPE = "recipe.yaml"
 #: Sections and fields that do not change what is trained.
 _WITHOUT_EFFECT = tuple(
     "output. evaluation.tasks evaluation.forgetting evaluation.limit evaluation.batch_size evaluation.max_new_tokens "
-    "training.logging_ training.save_ training.eval_ training.report_to training.run_name "
+    "training.logging_ training.save_ training.report_to training.run_name "
     "training.dataloader_num_workers".split()
 )
 
 
+class _Interrupted(BaseException):
+    """SIGTERM came after the last step."""
+
+
 class Checkpoints(TrainerCallback):
-    """Puts the recipe into every checkpoint, and on SIGTERM makes one after the running step and ends the training."""
+    """Puts the recipe into every checkpoint, and on SIGTERM makes one after the running step and ends the training.
+
+    Attributes:
+        stopped: whether SIGTERM came.
+        trained: set when the last step is over: from then on SIGTERM does not wait for anything.
+    """
 
     def __init__(self, recipe: Recipe) -> None:
         self.text = dump_recipe(recipe)
-        self.stopped = False
-        self.last: Path | None = None
+        self.stopped = self.trained = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.stopped:
             control.should_save = control.should_training_stop = True
+        self._mark(args, state, control)
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.last = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero:
-            write_text(self.last / _RECIPE, self.text)
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._mark(args, state, control)
+
+    def _mark(self, args: Any, state: Any, control: Any) -> None:
+        """Before Trainer fills the folder: it removes older checkpoints as soon as the new one is complete."""
+        if control.should_save and state.is_world_process_zero:
+            write_text(_folder(args, state) / _RECIPE, self.text)
+
+    def go_on(self) -> bool:
+        """Called after the last step: whether to go on with what comes after it."""
+        self.trained = True
+        return not self.stopped
 
     @contextmanager
-    def stopping_on_sigterm(self) -> Iterator[None]:
+    def stopping_on_sigterm(self, trainer: Any) -> Iterator[None]:
         """SIGTERM in this context ends the training with a checkpoint; a second one does what it did before.
 
         Raises:
@@ -64,18 +86,59 @@ class Checkpoints(TrainerCallback):
         def stop(number: int, frame: Any) -> None:
             self.stopped = True
             signal.signal(signal.SIGTERM, before)
+            if self.trained:
+                raise _Interrupted
 
         signal.signal(signal.SIGTERM, stop)
         try:
             yield
+        except _Interrupted:
+            pass
         finally:
             signal.signal(signal.SIGTERM, before)
         if self.stopped:
-            raise TrainingStopped(
-                f"stopped by SIGTERM after writing {self.last}; continue with --resume."
-                if self.last
-                else "stopped by SIGTERM before the first step."
-            )
+            raise TrainingStopped(self._last_words(trainer))
+
+    def _last_words(self, trainer: Any) -> str:
+        folder = _folder(trainer.args, trainer.state)
+        if not trainer.state.global_step:
+            return "stopped by SIGTERM before the first step."
+        if not is_whole(folder):  # the signal came after the last step, which the recipe does not save
+            write_text(folder / _RECIPE, self.text)
+            trainer._save_checkpoint(trainer.model, trial=None)
+        return f"stopped by SIGTERM after writing {folder}; continue with --resume."
+
+
+def _folder(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether everything is there that an exact continuation needs."""
+    names = (_RECIPE, SAFETENSORS_WEIGHTS_NAME, "optimizer.pt", "scheduler.pt", "trainer_state.json")
+    if not all((checkpoint / name).is_file() for name in names) or not list(checkpoint.glob("rng_state*.pth")):
+        return False
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except ValueError:  # written last, and not by rename
+        return False
+    return True
+
+
+def finish_from(trainer: Any, checkpoint: Path) -> Any:
+    """If `checkpoint` is of the last step: load it, run the end of the training and return its outcome; else None.
+
+    Trainer itself would do one more step.
+    """
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if state.global_step < state.max_steps:
+        return None
+    trainer._load_from_checkpoint(str(checkpoint))
+    trainer.state = state
+    for name in ("on_train_begin", "on_step_begin", "on_train_end"):
+        getattr(trainer.callback_handler, name)(trainer.args, trainer.state, trainer.control)
+    losses = [line["train_loss"] for line in state.log_history if "train_loss" in line]
+    return TrainOutput(state.global_step, losses[-1] if losses else math.nan, {})
 
 
 def find_checkpoint(recipe: Recipe, name: str | None) -> Path:
@@ -88,10 +151,10 @@ def find_checkpoint(recipe: Recipe, name: str | None) -> Path:
         RecipeError: there is none, it is not whole, or the run is finished.
     """
     folder = Path(recipe.output.dir).expanduser()
-    if (folder / "adapter").exists():
+    if (folder / "report.json").exists():
         raise recipe.error(("output", "dir"), f"the run in {folder} is finished; nothing is left to resume.")
     found = sorted((folder / "checkpoints").glob("checkpoint-*"), key=_step)
-    whole = [path for path in found if _step(path) >= 0 and (path / _RECIPE).is_file()]
+    whole = [path for path in found if _step(path) >= 0 and is_whole(path)]
     if name is not None:
         chosen = [path for path in whole if path.name == name]
         known = ", ".join(path.name for path in whole) or "none"

@@ -15,11 +15,11 @@ from ..evaluation.report import Report
 from ..quiet import quiet
 from .base_model import load_base
 from .building import build_trainer, check_chat_template
-from .data import load_training_data, located, scoring_rows
+from .data import Classes, load_training_data, located, scoring_rows
 from .planning import plan
 from .progress_callback import TrainingBar
-from .results import Scores, report_of, save_adapter, write_reports
-from .resuming import Checkpoints, check_same_recipe, find_checkpoint
+from .results import Scores, check_converged, report_of, save_adapter, write_reports
+from .resuming import Checkpoints, check_same_recipe, find_checkpoint, finish_from
 from .schema import Recipe
 from .tracking import TrackedScores
 
@@ -74,7 +74,8 @@ def run(recipe: Recipe, *, resume: bool | str = False, allow_changes: bool = Fal
                 check_same_recipe(recipe, checkpoint)
     with quiet(), _claimed(recipe) as folder:
         with clock.timing("load"):
-            data, suites = load_training_data(recipe), suites_of(recipe)
+            data = load_training_data(recipe)
+            suites = suites_of(recipe, data.classes)
             model, tokenizer = load_base(recipe, gpu=not settled.training.use_cpu, classes=data.classes)
             check_chat_template(recipe, data, tokenizer)
         with clock.timing("evaluate"):
@@ -88,14 +89,15 @@ def run(recipe: Recipe, *, resume: bool | str = False, allow_changes: bool = Fal
         tracked = TrackedScores(
             trainer,
             before,
-            measure=lambda: measure_suites(recipe, trainer.model, tokenizer, suites),
-            stopped=lambda: checkpoints.stopped,
+            measure=lambda: measure_suites(recipe, _plain(trainer), tokenizer, suites),
+            trained=checkpoints.go_on,
         )
         with clock.timing("train"):
             outcome = _train(trainer, checkpoints, checkpoint)
         clock.move(tracked.seconds, "train", "evaluate")
         with clock.timing("evaluate"):
             heldout.measure("after")
+        check_converged(recipe, trainer.model)
         with clock.timing("save"):
             export = save_adapter(settled, trainer.model, folder)
         report = report_of(
@@ -142,13 +144,13 @@ def _existing_starts() -> Path | None:
 # -- evaluation -----------------------------------------------------------------------------------------------
 
 
-def suites_of(recipe: Recipe) -> dict[str, list[Suite]]:
+def suites_of(recipe: Recipe, classes: Classes | None = None) -> dict[str, list[Suite]]:
     """What is measured, by role; a source that is both is measured once, as a task."""
     suites: dict[str, list[Suite]] = {"task": [], "forgetting": []}
     for role, key in (("task", "tasks"), ("forgetting", "forgetting")):
         for index, name in enumerate(getattr(recipe.evaluation, key)):
             with located(recipe, "evaluation", key, index):
-                suites[role].append(Suite(name, scoring_rows(recipe, name)))
+                suites[role].append(Suite(name, scoring_rows(recipe, name, classes)))
     return suites
 
 
@@ -162,6 +164,7 @@ def measure_suites(recipe: Recipe, model: Any, tokenizer: Any, suites: dict[str,
             list(unique.values()),
             batch_size=settings.batch_size,
             max_new_tokens=settings.max_new_tokens,
+            max_length=recipe.training.get("max_length") or 512,
         )
 
 
@@ -185,8 +188,14 @@ def _train(trainer: Any, checkpoints: Checkpoints, checkpoint: Path | None) -> A
     bars = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, TrainingBar)]
     trainer.add_callback(checkpoints)
     try:
-        with checkpoints.stopping_on_sigterm():
-            return trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with checkpoints.stopping_on_sigterm(trainer):
+            done = None if checkpoint is None else finish_from(trainer, checkpoint)
+            return done or trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         for bar in bars:
             bar.close()
+
+
+def _plain(trainer: Any) -> Any:
+    """The trained model without the autocast that accelerate wraps around it: measured as the base was."""
+    return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)

@@ -21,19 +21,19 @@ class TrackedScores(TrainerCallback):
 
     Args:
         before: scores of the base. measure: what gives the scores after.
-        stopped: whether the training was told to end at once; then nothing is measured.
+        trained: called when the training is over; whether to measure, or to end at once.
 
     Attributes:
         after: the scores after training. seconds: that measuring them took.
     """
 
     def __init__(
-        self, trainer: Any, before: Scores, *, measure: Callable[[], Scores], stopped: Callable[[], bool]
+        self, trainer: Any, before: Scores, *, measure: Callable[[], Scores], trained: Callable[[], bool]
     ) -> None:
         self.before = before
         self.after: Scores = {}
         self.seconds = 0.0
-        self._trainer, self._measure, self._stopped = trainer, measure, stopped
+        self._trainer, self._measure, self._trained = trainer, measure, trained
         self._logged = False
         handler = trainer.callback_handler  # after the progress bar, which has to be gone before others are shown
         handler.callbacks.insert(1 if isinstance(handler.callbacks[0], TrainingBar) else 0, self)
@@ -44,7 +44,7 @@ class TrackedScores(TrainerCallback):
             self._log("before", self.before)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._stopped():
+        if not self._trained():
             return
         started = time.perf_counter()
         self.after = self._measure()

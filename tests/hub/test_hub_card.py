@@ -137,7 +137,7 @@ def test_scores_before_and_after_are_a_table():
     assert "| org/questions (exact match) | task | 50 | 10.0% | 64.0% | +54.0 points |" in text
     assert "| pocket/facts (exact match) | forgetting | 9 | 100.0% | 90.0% | -10.0 points |" in text
     assert "| org/texts (perplexity) | forgetting | 5 | 3.000 | 3.500 | +0.500 |" in text
-    assert "| held-out loss (nats a token) | task | | 2.500 | 1.250 | -1.250 |" in text
+    assert "| held-out loss | task | | 2.500 | 1.250 | -1.250 |" in text
 
 
 def test_a_score_that_is_no_number_is_shown_but_not_claimed_to_the_hub():
@@ -433,3 +433,29 @@ def test_every_card_of_a_tiny_model_is_free_of_its_folder(tmp_path):
     peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
     assert "secret-model" in (tmp_path / "adapter" / "README.md").read_text()  # PEFT's own card
     assert "secret-model" not in write_card(tmp_path / "adapter")
+
+
+def test_the_card_of_a_classifier_loads_it_with_its_head_and_names_the_classes():
+    config = {**SAVED, "task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}
+    text = model_card(config, sidecar=PISSA, recipe=RECIPE, report={**REPORT, "classes": ["no", "yes", "maybe"]})
+    assert "AutoModelForSequenceClassification.from_pretrained(" in text
+    assert "num_labels=3)" in text
+    assert "classes = ['no', 'yes', 'maybe']" in text
+    assert "vllm serve" not in text
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        f"WANDB_API_KEY={'0123456789abcdef' * 2}01234567",
+        "OPENAI_API_KEY=abcdefgh12345678",
+        "AWS_SECRET_ACCESS_KEY=wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLE",
+        "MY_PASSWORD: hunter2hunter2",
+        "my-hub-token=abcdef123456",
+    ],
+)
+def test_a_secret_under_any_name_is_removed(secret):
+    from llmreg.hub.privacy import neutral_text
+
+    value = secret.replace(": ", "=").partition("=")[2]
+    assert value not in neutral_text(f"run with {secret} please")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llmreg.errors import RecipeError
+from llmreg.errors import AdapterFileError, RecipeError
 from llmreg.recipes import evaluate, load_recipe, prepare_starts, preview, recipe_schema, run
 from llmreg.recipes.starting import clear_starts, list_starts
 
@@ -52,6 +52,10 @@ def test_eval_takes_the_adapter_folder_a_recipe_and_an_adapter_without_a_recipe(
     shutil.copytree(folder / "adapter", alone)
     with pytest.raises(RecipeError, match="there is nothing to measure"):
         evaluate(alone, ["model.name=pocket"])
+    config = json.loads((alone / "adapter_config.json").read_text())
+    (alone / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
+    with pytest.raises(RecipeError, match="does not name its base"):
+        evaluate(alone, overrides)
     assert evaluate(alone, ["model.name=pocket", *overrides], merged=False).scores == by_adapter.scores
 
 
@@ -65,7 +69,7 @@ def test_eval_of_nothing_is_one_message(tmp_path):
     with pytest.raises(RecipeError, match="is neither a recipe, a folder nor a Hub id"):
         evaluate(tmp_path / "gone" / "there")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(RecipeError, match="holds no adapter that PEFT can read"):
+    with pytest.raises(AdapterFileError, match="give a folder with a saved adapter"):
         evaluate(tmp_path / "empty")
 
 
@@ -128,6 +132,25 @@ def test_the_schema_refuses_what_validate_refuses():
         wrong = {**values, section: {**values[section], key: 1}}
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(wrong, recipe_schema())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "include: quickstart.yaml\nadapter: {r: 8}\n",
+        "include: quickstart.yaml\noutput: {rank: 8}\n",
+        "include: pocket-dpo.yaml\ntraining: {beta: 0.2}\n",
+    ],
+)
+def test_a_recipe_that_includes_another_may_leave_anything_to_it(text, tmp_path):
+    jsonschema = pytest.importorskip("jsonschema")
+    from llmreg.recipes import plan
+    from llmreg.recipes.document import parse
+
+    jsonschema.validate(parse(text, "recipe").values, recipe_schema())
+    file = tmp_path / "top.yaml"
+    file.write_text(text.replace("include: ", f"include: {ROOT / 'recipes'}/"))
+    plan(load_recipe(file, [f"output.dir={tmp_path / 'out'}"]))
 
 
 # -- dry run ----------------------------------------------------------------------------------------------------

@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llmreg.errors import RecipeError
 from llmreg.recipes import load_recipe
-from llmreg.recipes.document import MAX_BYTES, parse, parse_value
+from llmreg.recipes.document import MAX_BYTES, PlainDumper, parse, parse_value
 
 
 @pytest.mark.parametrize(
@@ -111,3 +114,9 @@ def test_a_missing_file_a_folder_and_binary_are_refused(tmp_path):
         load_recipe(tmp_path / "weights.yaml")
     with pytest.raises(RecipeError, match="cannot be read"):
         load_recipe("nul\x00.yaml")
+
+
+@given(value=st.text(max_size=12) | st.sampled_from(["1e5", "08", "-3", ".5", "null", "~", "true", "no", "", "1_0"]))
+def test_text_that_is_dumped_is_read_again_as_the_same_text(value):
+    dumped = yaml.dump({"key": value}, Dumper=PlainDumper, allow_unicode=True)
+    assert parse(dumped, "recipe").values == {"key": value}

@@ -44,7 +44,7 @@ def whole(tmp_path_factory):
 def interrupted(whole_folder, folder):
     """What that run would have left had it been killed after step 4, while writing a later checkpoint."""
     shutil.copytree(whole_folder / "checkpoints", folder / "checkpoints")
-    (folder / "checkpoints" / "checkpoint-6" / "recipe.yaml").unlink()
+    (folder / "checkpoints" / "checkpoint-6" / "trainer_state.json").unlink()
     return folder
 
 
@@ -59,6 +59,52 @@ def test_a_resumed_run_ends_with_the_same_bits_and_the_same_report(whole, name, 
     assert again.train_loss == report.train_loss
     assert again.measurements == report.measurements
     assert again.heldout_loss == report.heldout_loss
+
+
+def test_a_run_killed_after_its_last_step_is_finished_without_another_step(whole, tmp_path):
+    report, whole_folder = whole
+    folder = tmp_path / "out"
+    shutil.copytree(whole_folder / "checkpoints", folder / "checkpoints")
+    (folder / "adapter").mkdir()  # what an interrupted save leaves
+    again = run(recipe(folder), resume=True)
+    weights = "adapter/adapter_model.safetensors"
+    assert (folder / weights).read_bytes() == (whole_folder / weights).read_bytes()
+    assert (again.steps, again.losses, again.measurements) == (6, report.losses, report.measurements)
+    assert again.heldout_loss == report.heldout_loss
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors"])
+def test_a_checkpoint_that_lacks_a_state_is_not_taken(whole, name, tmp_path):
+    folder = interrupted(whole[1], tmp_path / "out")
+    (folder / "checkpoints" / "checkpoint-4" / name).unlink()
+    with pytest.raises(RecipeError, match="no whole checkpoint 'checkpoint-4'; whole ones: checkpoint-2"):
+        run(recipe(folder), resume="checkpoint-4")
+
+
+def test_sigterm_while_the_scores_are_measured_keeps_the_training(whole, tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    measure, calls = running_module.measure_suites, []
+
+    def terminated(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        return measure(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running_module, "measure_suites", terminated)
+        with pytest.raises(TrainingStopped, match="checkpoint-6; continue with --resume"):
+            run(recipe(folder, "training.save_strategy=no"))
+    run(recipe(folder, "training.save_strategy=no"), resume=True)
+    weights = "adapter/adapter_model.safetensors"
+    assert (folder / weights).read_bytes() == (whole[1] / weights).read_bytes()
+
+
+def test_a_training_that_diverged_is_one_message_and_saves_nothing(tmp_path):
+    with pytest.raises(RecipeError, match="the training diverged"):
+        run(recipe(tmp_path / "out", "training.learning_rate=1e30", "training.save_strategy=no", "evaluation={}"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_finished_run_and_one_without_checkpoints_are_not_resumed(whole, tmp_path):

@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 
 from llmreg.errors import RecipeError
 from llmreg.recipes import load_recipe, run
-from llmreg.recipes.data import classes_of, in_format, numbered
+from llmreg.recipes.data import Classes, classes_of, in_format, numbered
 from llmreg.recipes.tasks import TASKS
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
@@ -39,12 +39,22 @@ def test_each_task_takes_its_own_format_and_names_the_task_of_the_others():
 
 
 def test_labels_may_be_numbers_names_or_a_class_feature():
-    assert classes_of(Dataset.from_list([{"label": 1}, {"label": 0}]), "x.jsonl") == ("0", "1")
-    assert classes_of(Dataset.from_list([{"label": "no"}, {"label": "ah"}]), "x.jsonl") == ("ah", "no")
+    assert classes_of(Dataset.from_list([{"label": 1}, {"label": 0}]), "x.jsonl").names == ("0", "1")
+    assert classes_of(Dataset.from_list([{"label": "no"}, {"label": "ah"}]), "x.jsonl").names == ("ah", "no")
     features = Features({"label": ClassLabel(names=["neg", "pos"]), "text": Value("string")})
     rows = Dataset.from_dict({"label": [1, 0], "text": ["a", "b"]}, features=features)
-    assert classes_of(rows, "owner/name") == ("neg", "pos")
-    assert numbered(["pos", 0, 1], ("neg", "pos")) == [1, 0, 1]
+    assert classes_of(rows, "owner/name") == Classes(("neg", "pos"), by_name=False)
+    assert numbered(["pos", 0, 1], Classes(("neg", "pos"), by_name=False)) == [1, 0, 1]
+
+
+def test_a_number_is_a_name_where_training_gave_text():
+    """A .csv gives text, a .jsonl numbers: stars 1 to 5 must not be shifted, nor 10 stand before 2."""
+    stars = classes_of(Dataset.from_list([{"label": name} for name in "31254"]), "x.csv")
+    assert numbered([1, 5, "2"], stars) == [0, 4, 1]
+    with pytest.raises(RecipeError, match="row 1 has the label 0; the training data has 1, 2, 3, 4, 5"):
+        numbered([0], stars)
+    many = classes_of(Dataset.from_list([{"label": str(number)} for number in range(12)]), "x.csv")
+    assert [many.names[number] for number in numbered([2, 10], many)] == ["2", "10"]
 
 
 @pytest.mark.parametrize(
@@ -65,7 +75,7 @@ def test_rows_that_cannot_be_classified_are_named(rows, said):
 
 def test_a_label_that_training_has_not_seen_is_named():
     with pytest.raises(RecipeError, match="row 2 has the label 'c'; the training data has a, b"):
-        numbered(["a", "c"], ("a", "b"))
+        numbered(["a", "c"], Classes(("a", "b"), by_name=True))
 
 
 # -- dpo --------------------------------------------------------------------------------------------------------
