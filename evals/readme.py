@@ -66,6 +66,23 @@ def bench_init() -> list[str]:
     return rows
 
 
+def sweep() -> list[str]:
+    """Word problems solved and facts kept, means over the seeds that were run, for every rate of every recipe."""
+    rows = ["| recipe | learning rate | seeds | word problems | facts kept |", "|---|---:|---:|---:|---:|"]
+    for recipe, entry in read("sweep")["recipes"].items():
+        by_rate: dict[float, list[Any]] = {}
+        for key, run in entry["runs"].items():
+            rate = float(key.split("lr=")[1].split()[0])
+            by_rate.setdefault(rate, []).append(run["scores"])
+        for rate, runs in sorted(by_rate.items()):
+            solved, kept = (
+                sum(scores[task]["after"] for scores in runs) / len(runs)
+                for task in ("pocket/word-problems", "pocket/facts")
+            )
+            rows.append(f"| `{recipe}` | {rate:.1e} | {len(runs)} | {solved:.1%} | {kept:.1%} |")
+    return rows
+
+
 def fill(text: str, name: str, rows: list[str]) -> str:
     """Replace what stands between the markers of `name`."""
     block = f"<!-- {name} -->\n" + "\n".join(rows) + f"\n<!-- end {name} -->"
@@ -99,6 +116,7 @@ def picture(report: dict[str, Any], path: Path) -> None:
 def main() -> None:
     readme = ROOT / "README.md"
     text = fill(readme.read_text(), "against_peft", against_peft())
+    text = fill(text, "sweep", sweep())
     write_text(readme, fill(text, "bench_init", bench_init()))
     if len(sys.argv) > 1:
         picture(json.loads(Path(sys.argv[1]).read_text()), ROOT / "docs" / "quickstart.png")

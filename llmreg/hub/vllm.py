@@ -17,22 +17,12 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 
 from ..errors import AdapterFileError, WeightError
-from .serving import VLLM_RANKS, served_rank
+from .serving import EMBEDDINGS, MERGE, REFUSED, VLLM_RANKS, served_rank
 from .streaming import SafetensorsFile
 
 __all__ = ["check_vllm", "vllm_lora_rank"]
 
 _DTYPES = ("F32", "F16", "BF16")
-_MERGE = "serve the merged checkpoint instead (llmreg merge)"
-_REFUSED = {
-    "modules_to_save": f"it takes no whole modules; train without modules_to_save, or {_MERGE}",
-    "use_dora": f"it does not know DoRA; train without use_dora, or {_MERGE}",
-    "lora_bias": f"it takes no biases on lora_B; train without lora_bias, or {_MERGE}",
-    "target_parameters": f"it takes no factors of bare parameters; target linear modules, or {_MERGE}",
-    "trainable_token_indices": f"it takes no trained tokens; train without them, or {_MERGE}",
-    "use_bdlora": f"it would read block-diagonal factors as whole ones; train without use_bdlora, or {_MERGE}",
-}
-_EMBEDDINGS = "embed_tokens wte word_embeddings lm_head embed_out output".split()
 
 
 def check_vllm(folder: str | Path) -> list[str]:
@@ -46,9 +36,9 @@ def check_vllm(folder: str | Path) -> list[str]:
     config = _config(Path(folder))
     if config.get("peft_type") != "LORA":
         return [f"vLLM serves LoRA, and this is a {config.get('peft_type')!r} adapter; export it as LoRA if it can be."]
-    problems = [f"vLLM refuses {name}: {advice}." for name, advice in _REFUSED.items() if config.get(name)]
+    problems = [f"vLLM refuses {name}: {advice}." for name, advice in REFUSED.items() if config.get(name)]
     if config.get("bias", "none") != "none":
-        problems.append(f"vLLM refuses bias={config['bias']!r}: train with bias='none', or {_MERGE}.")
+        problems.append(f"vLLM refuses bias={config['bias']!r}: train with bias='none', or {MERGE}.")
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start not in ("gaussian", "eva", "orthogonal", "mica"):
         problems.append(
@@ -131,15 +121,15 @@ def _tensor_problems(file: SafetensorsFile) -> list[str]:
     problems: dict[str, str] = {}
     for key, entry in file.entries.items():
         layer = key.partition(".lora_")[0].rpartition(".")[2]
-        if "lora_embedding_" in key or (".lora_" in key and layer in _EMBEDDINGS):
+        if "lora_embedding_" in key or (".lora_" in key and layer in EMBEDDINGS):
             problems.setdefault(
                 "embedding",
-                f"vLLM does not adapt {layer}, an embedding or head: train without this target, or {_MERGE}.",
+                f"vLLM does not adapt {layer}, an embedding or head: train without this target, or {MERGE}.",
             )
         elif not key.endswith((".lora_A.weight", ".lora_B.weight")):
-            problems.setdefault("name", f"vLLM refuses the tensor {key!r}, which is no lora_A or lora_B: {_MERGE}.")
+            problems.setdefault("name", f"vLLM refuses the tensor {key!r}, which is no lora_A or lora_B: {MERGE}.")
         elif len(entry.shape) != 2:
-            problems.setdefault("shape", f"vLLM adapts linear layers only, and {key!r} is {entry.shape}: {_MERGE}.")
+            problems.setdefault("shape", f"vLLM adapts linear layers only, and {key!r} is {entry.shape}: {MERGE}.")
         if entry.code not in _DTYPES:
             problems.setdefault(
                 "dtype",

