@@ -15,6 +15,7 @@ import pytest
 
 from llmreg.errors import RecipeError, TrainingStopped
 from llmreg.recipes import load_recipe, run
+from llmreg.recipes import resuming as resuming_module
 from llmreg.recipes import running as running_module
 
 ROOT = Path(__file__).parents[2]
@@ -186,3 +187,60 @@ def test_from_the_command_line_sigterm_is_143_and_one_line(tmp_path):
     last = max(folder.glob("checkpoints/checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     assert (last / "recipe.yaml").is_file()
     assert json.loads((last / "trainer_state.json").read_text())["global_step"] == int(last.name.split("-")[1])
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        ["task=dpo", "data.train=pocket/preferences", "evaluation={tasks: [pocket/preferences], limit: 4}"],
+        ["task=classification", "data.train=pocket/classification", "evaluation={tasks: [pocket/classification]}"],
+        ["model.quantization=nf4"],
+        ["adapter.method=lora"],
+    ],
+    ids=["dpo", "classification", "nf4", "lora"],
+)
+def test_every_task_and_base_resumes_to_the_same_bits(task, tmp_path):
+    if "model.quantization=nf4" in task:
+        pytest.importorskip("bitsandbytes")
+    short = [*task, "training.max_steps=4", "training.per_device_train_batch_size=4"]
+    report = run(recipe(tmp_path / "whole", *short))
+    folder = tmp_path / "out"
+    shutil.copytree(tmp_path / "whole" / "checkpoints" / "checkpoint-2", folder / "checkpoints" / "checkpoint-2")
+    again = run(recipe(folder, *short), resume=True)
+    weights = "adapter/adapter_model.safetensors"
+    assert (folder / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+    assert (again.losses, again.measurements) == (report.losses, report.measurements)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(whole, tmp_path):
+    """SIGKILL, five times: what lies there is either resumed from or not taken, and the end is that of a whole run."""
+    import random
+
+    folder, dice = tmp_path / "out", random.Random(0)
+    command = [sys.executable, "-m", "llmreg", "train", str(QUICKSTART), *SETTINGS, f"output.dir={folder}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    killed = 0
+    while not (folder / "report.json").exists():
+        resumable = [path for path in folder.glob("checkpoints/checkpoint-*") if resuming_module.is_whole(path)]
+        if not resumable:
+            shutil.rmtree(folder, ignore_errors=True)
+        process = subprocess.Popen(
+            [*command, *(["--resume"] if resumable else [])], env=environment, stdout=subprocess.DEVNULL, stderr=-1
+        )
+        try:
+            _, stderr = process.communicate(timeout=dice.uniform(4, 25) if killed < 5 else None)
+            assert process.returncode == 0, stderr
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            killed += 1
+        adapter = folder / "adapter"
+        if (adapter / "adapter_config.json").exists():
+            from safetensors.torch import load_file
+
+            load_file(adapter / "adapter_model.safetensors")
+    assert killed
+    weights = "adapter/adapter_model.safetensors"
+    assert (folder / weights).read_bytes() == (whole[1] / weights).read_bytes()
