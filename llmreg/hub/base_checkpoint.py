@@ -23,11 +23,11 @@ from ..weights.storage import is_conv1d
 from .sidecar import Sidecar
 from .streaming import SafetensorsFile, TensorEntry
 
-__all__ = ["DOWNLOADED", "NOT_DOWNLOADED", "BaseCheckpoint", "locate_base"]
+__all__ = ["DOWNLOADED", "BaseCheckpoint", "locate_base"]
 
 _PREFIXES = ("model", "transformer")
 DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*"]
-NOT_DOWNLOADED = ["*/*", "consolidated*", "adapter_*"]
+_NOT_DOWNLOADED = ["*/*", "consolidated*", "adapter_*"]
 
 
 def locate_base(base: str | Path | None, config: Any, sidecar: Sidecar | None) -> Path:
@@ -73,7 +73,7 @@ def _resolve(name: str, revision: str | None) -> Path:
         raise RecipeError(f"The base {name} is a file; give the folder of the checkpoint.")
     try:
         return Path(
-            snapshot_download(name, revision=revision, allow_patterns=DOWNLOADED, ignore_patterns=NOT_DOWNLOADED)
+            snapshot_download(name, revision=revision, allow_patterns=DOWNLOADED, ignore_patterns=_NOT_DOWNLOADED)
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise RecipeError(

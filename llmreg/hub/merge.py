@@ -29,7 +29,7 @@ from ..errors import AdapterFileError, BaseMismatchError, LlmregError, RecipeErr
 from ..files import commit_folder, file_digest, staged_folder, write_json, write_text
 from ..progress import track
 from ..weights import bytes_hash
-from .base_checkpoint import DOWNLOADED, NOT_DOWNLOADED, BaseCheckpoint, locate_base
+from .base_checkpoint import DOWNLOADED, BaseCheckpoint, locate_base
 from .lora_files import check_new_folder, float_dtype
 from .parity import parity
 from .plain_lora import Change, PlainLora, read_plain_lora
@@ -324,9 +324,9 @@ def _write_small_files(
     adapter: PlainLora, checkpoint: BaseCheckpoint, staging: Path, target: torch.dtype | None
 ) -> None:
     """Config, tokenizer and the like, copied; a card of its own instead of the base's."""
-    for source in sorted(path for pattern in DOWNLOADED for path in checkpoint.folder.glob(pattern)):
+    for source in sorted(path for pattern in DOWNLOADED for path in checkpoint.folder.rglob(pattern)):
         place = source.relative_to(checkpoint.folder)
-        left_out = any(source.match(pattern) for pattern in NOT_DOWNLOADED if "/" not in pattern)
+        left_out = any(part.startswith((".", "adapter", "checkpoint-")) for part in place.parts)
         if left_out or not source.is_file() or source.name.endswith(_WEIGHTS) or source.stat().st_size > _SMALL:
             continue
         (staging / place).parent.mkdir(parents=True, exist_ok=True)

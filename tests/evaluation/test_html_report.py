@@ -148,7 +148,7 @@ def test_a_perplexity_that_is_no_number_counts_as_forgotten(page):
 
 def test_without_measurements_the_summary_falls_back_to_the_losses(page):
     values = report(measurements=()).as_dict()
-    assert "Held-out loss: it fell from 2.345 to 1.234 nats a token." in Outline(page(values)).text
+    assert "Held-out loss: it fell from 2.345 to 1.234." in Outline(page(values)).text
     values["heldout_loss"] = None
     assert "400 steps to a mean loss of 1.500; nothing was measured" in Outline(page(values)).text
 
