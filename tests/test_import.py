@@ -47,12 +47,6 @@ def test_no_test_reaches_the_hub():
     assert constants.HF_HUB_OFFLINE
 
 
-def seconds(code: str) -> float:
-    started = time.perf_counter()
-    subprocess.run([sys.executable, *code.split(" ", 1)], check=True, capture_output=True)
-    return time.perf_counter() - started
-
-
 def test_the_help_imports_neither_torch_nor_peft():
     code = "import sys; sys.argv = ['llmreg', '--help']\n"
     code += "try:\n from llmreg.cli import main; main()\nexcept SystemExit: pass\n"
@@ -62,11 +56,17 @@ def test_the_help_imports_neither_torch_nor_peft():
 
 @pytest.mark.slow
 def test_importing_llmreg_costs_at_most_a_third_of_a_second_over_peft_and_the_help_one_second():
-    """Of a quiet machine: medians of five processes."""
-    medians = {
-        code: statistics.median(seconds(code) for _ in range(5))
-        for code in ("-c import peft", "-c import peft, llmreg; llmreg.PissaConfig", "-m llmreg --help")
-    }
-    peft, both, help_page = medians.values()
-    assert both - peft <= 0.3, medians
-    assert help_page <= 1.0, medians
+    """Of a quiet machine: medians of five processes, what comes on top of PEFT timed within each."""
+    code = (
+        "import time, peft; s = time.perf_counter(); import llmreg; llmreg.PissaConfig; print(time.perf_counter() - s)"
+    )
+    added, pages = [], []
+    for _ in range(5):
+        done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+        added.append(float(done.stdout))
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "llmreg", "--help"], check=True, capture_output=True)
+        pages.append(time.perf_counter() - started)
+    assert statistics.median(added) <= 0.3, added
+    assert statistics.median(pages) <= 1.0, pages
+    print(f"over peft {statistics.median(added):.2f} s, help {statistics.median(pages):.2f} s")
