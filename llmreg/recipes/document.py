@@ -69,7 +69,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {}
-_NULL, _BOOL, _INT, _FLOAT = (f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float"))
+_NULL, _BOOL, _INT, _FLOAT, _TEXT = (f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str"))
 _Loader.add_implicit_resolver(_NULL, re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
 _Loader.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _Loader.add_implicit_resolver(_INT, re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
@@ -87,7 +87,9 @@ class PlainDumper(yaml.SafeDumper):
 
     def represent_text(self, text: str) -> Any:
         plain = self.represent_str(text)
-        if plain.style is None and _Loader("").resolve(yaml.ScalarNode, text, (True, False)) != "tag:yaml.org,2002:str":
+        if not text.isprintable():  # line breaks of Unicode would be read as spaces
+            plain.style = '"'
+        elif plain.style is None and _Loader("").resolve(yaml.ScalarNode, text, (True, False)) != _TEXT:
             plain.style = "'"
         return plain
 
