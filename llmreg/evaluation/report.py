@@ -36,6 +36,7 @@ class Report:
         singular_values: None, or {layer: [values, largest first]} of what the adapter adds to it.
         recipe: None, or the whole recipe as YAML.
         classes: of a classification, in the order of their numbers, else None.
+        changed_on_resume: None for a run in one piece; else what differs from the recipe of its checkpoint.
     """
 
     method: str
@@ -62,6 +63,7 @@ class Report:
     singular_values: dict[str, list[float]] | None = None
     recipe: str | None = None
     classes: tuple[str, ...] | None = None
+    changed_on_resume: tuple[str, ...] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain values."""
@@ -89,6 +91,8 @@ class Report:
             lines.append(
                 f"[bold]Exported[/]  {escape(self.export['path'])} (rank {rank}, {dtype}, relative error {error:.1e})"
             )
+        if self.changed_on_resume:
+            lines.append(f"[bold]Changed[/]   since the checkpoint: {escape('; '.join(self.changed_on_resume))}")
         if self.recipe is not None:
             lines.append(f"[bold]Report[/]    {escape(os.path.join(os.path.dirname(self.adapter), 'report.html'))}")
         lines.append("[bold]Load it[/]   " + "\n          ".join(escape(line) for line in self.load))

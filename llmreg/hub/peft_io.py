@@ -26,6 +26,7 @@ from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.peft_types import PeftType
+from safetensors import safe_open
 
 from ..adapters.config import AdditiveConfig
 from ..adapters.loading import exact_factors, saved_factors, without_start
@@ -225,6 +226,7 @@ def from_pretrained(cls: type[PeftModel], model: Any, model_id: Any, *args: Any,
     config = sidecar.adapter_config()
     factors = sidecar.load_factors()
     _check_base(sidecar, model, factors)
+    _check_whole_modules(sidecar, model)
     call.arguments["config"] = config
     with without_start(), saved_factors(factors):
         return original(*call.args, **call.kwargs)
@@ -307,6 +309,20 @@ def _check_base(sidecar: Sidecar, model: Any, factors: dict[str, Any]) -> None:
     note = sidecar.check_base(base)
     if note:
         logger.info("%s: %s", sidecar.folder, note)
+
+
+def _check_whole_modules(sidecar: Sidecar, model: Any) -> None:
+    """Refuse a model without the modules that the adapter brings whole; PEFT would drop them without a word."""
+    modules = {name for name, _ in model.named_modules()}
+    with safe_open(str(sidecar.folder / SAFETENSORS_WEIGHTS_NAME), framework="pt") as file:
+        names = list(file.keys())
+    keys = [name.removeprefix("base_model.model.") for name in names if ".lora_" not in name]
+    lost = [key for key in keys if key.rpartition(".")[0] not in modules]
+    if lost:
+        raise AdapterFileError(
+            f"{sidecar.folder} brings {lost[0]!r}, and {type(model).__name__} has no such module; load the base by the "
+            "class that the adapter was trained on, for classification AutoModelForSequenceClassification."
+        )
 
 
 def _bare_record(model: Any, layers: list[str], source: str | None) -> BaseRecord:

@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 
+from ..adapters.layer import AdditiveLayer
 from ..hub.serving import served_rank
 from ..quiet import quiet
 from .base_model import base_dtype, name_or_path
 from .building import located_in_adapter
 from .data import load_training_data, located
 from .load import dump_recipe
-from .memory import MemoryEstimate, Parameters, count, estimate, libraries_memory, outline, targets
+from .memory import MemoryEstimate, estimate, libraries_memory
+from .outline import Parameters, count, outline, targets, with_adapter
 from .planning import Plan, plan
 from .schema import Recipe
 from .sources import is_local, is_pocket
@@ -34,7 +36,7 @@ class Preview:
         recipe: resolved, as YAML. method, model, task: of the recipe.
         targets: adapted layers by the pattern that names them. layers: how many different ones.
         parameters: of the base, trained, and kept frozen beside it.
-        memory: bytes by purpose. peak: their largest sum. available: what this machine has free, or None.
+        memory: bytes by purpose. available: what this machine has free, or None.
         start_seconds: expected for the decompositions, from one timed here for each shape; 0 without any.
         exported_rank: of the published LoRA. vllm_rank: the `--max-lora-rank` that serves it, or None.
         notes: what is not known, not counted, or worth a second look.
@@ -48,7 +50,6 @@ class Preview:
     layers: int
     parameters: Parameters
     memory: MemoryEstimate
-    peak: int
     available: int | None
     start_seconds: float
     exported_rank: int
@@ -57,7 +58,7 @@ class Preview:
 
     def as_dict(self) -> dict[str, Any]:
         """The preview as plain values."""
-        return {**asdict(self), "parameters": self.parameters._asdict()}
+        return {**asdict(self), "parameters": self.parameters._asdict(), "peak": self.memory.peak}
 
     def renderables(self) -> list[Any]:
         """What `rich` prints: the recipe, targets, memory and the rest."""
@@ -75,7 +76,7 @@ class Preview:
             if name != "notes":
                 memory.add_row(name, "not known" if value is None else f"{value / 2**20:,.0f}")
         available = "" if self.available is None else f" of {self.available / 2**20:,.0f} available"
-        memory.add_row("[bold]peak[/]", f"[bold]{self.peak / 2**20:,.0f}[/]{available}")
+        memory.add_row("[bold]peak[/]", f"[bold]{self.memory.peak / 2**20:,.0f}[/]{available}")
         base, trained, frozen = self.parameters
         served = f"vLLM: --max-lora-rank {self.vllm_rank}" if self.vllm_rank else "more than vLLM serves"
         lines = [
@@ -95,34 +96,28 @@ def preview(recipe: Recipe) -> Preview:
     Raises:
         RecipeError: what `plan` refuses, a target that matches nothing, or a config that is not on this machine.
     """
-    libraries = None
+    task: Any = recipe.task  # one of the literals that `memory` takes; the schema has seen to it
     with quiet():
         settled = plan(recipe)
         gpu = not settled.training.use_cpu
-        if not gpu:
-            libraries = libraries_memory()
+        libraries = None if gpu else libraries_memory()
         labels, notes = _labels(recipe)
         with located(recipe, "model", "name"):
-            model = outline(name_or_path(recipe), revision=recipe.model.revision, task=_task(recipe), num_labels=labels)
+            model = outline(name_or_path(recipe), revision=recipe.model.revision, task=task, num_labels=labels)
         with located_in_adapter(recipe, model):
             found = targets(model, settled.adapter)
             memory = estimate(
                 model,
                 settled.adapter,
                 settled.training,
-                task=_task(recipe),
+                task=task,
                 dtype=base_dtype(recipe, gpu),
                 quantization=recipe.model.quantization,
                 gpu=gpu,
                 libraries=libraries,
             )
-            adapted = _adapted(model, settled)
+            adapted = with_adapter(model, settled.adapter)
         adapted_layers = sorted({name for names in found.values() for name in names})
-        if not adapted_layers:
-            raise recipe.error(
-                ("adapter", "target_modules"),
-                f"target_modules {', '.join(found)} matches no layer of {recipe.model.name}.",
-            )
         notes += [f"{pattern} matches no layer." for pattern, names in found.items() if not names]
         available = _available(gpu)
         if available is not None and memory.peak > available:
@@ -136,23 +131,12 @@ def preview(recipe: Recipe) -> Preview:
         layers=len(adapted_layers),
         parameters=count(adapted),
         memory=memory,
-        peak=memory.peak,
         available=available,
-        start_seconds=_start_seconds(settled, model, adapted_layers),
+        start_seconds=_start_seconds(settled, adapted),
         exported_rank=settled.exported_rank,
         vllm_rank=served_rank(settled.exported_rank),
         notes=(*notes, *memory.notes),
     )
-
-
-def _task(recipe: Recipe) -> Any:
-    return recipe.task
-
-
-def _adapted(model: torch.nn.Module, settled: Plan) -> Any:
-    from peft import get_peft_model
-
-    return get_peft_model(model, settled.adapter, low_cpu_mem_usage=True)
 
 
 def _labels(recipe: Recipe) -> tuple[int | None, list[str]]:
@@ -166,22 +150,21 @@ def _labels(recipe: Recipe) -> tuple[int | None, list[str]]:
     return _LABELS, [f"The number of classes is not known before the data is downloaded; {_LABELS} are assumed."]
 
 
-def _start_seconds(settled: Plan, model: torch.nn.Module, layers: list[str]) -> float:
-    """One decomposition of each shape, timed on a random matrix with a falling spectrum, times the number of layers."""
+def _start_seconds(settled: Plan, adapted: Any) -> float:
+    """One decomposition of each shape and rank, timed on a matrix with a falling spectrum, times their number."""
     if settled.method.kind != "additive":
         return 0.0
-    modules = dict(model.named_modules())
-    shapes = Counter(tuple(modules[name].weight.shape) for name in layers if name in modules)
+    layers: list[Any] = [module for module in adapted.modules() if isinstance(module, AdditiveLayer)]
+    starts = Counter((layer.out_features, layer.in_features, layer.r["default"]) for layer in layers)
     generator = torch.Generator().manual_seed(0)
     device = "cpu" if settled.training.use_cpu else "cuda"
     seconds = 0.0
-    for shape, number in shapes.items():
-        falling = torch.arange(1, shape[1] + 1, dtype=torch.float32) ** -0.6
-        matrix = (torch.randn(shape, generator=generator) * falling).to(device)
-        rank = min(settled.adapter.r, *shape)
-        settled.adapter.start(matrix[:64, :64], min(rank, 8), 1.0)  # kernels and libraries load outside the measurement
+    for (height, width, rank), number in starts.items():
+        falling = torch.arange(1, width + 1, dtype=torch.float32) ** -0.6
+        matrix = (torch.randn(height, width, generator=generator) * falling).to(device)
+        settled.adapter.start(matrix[:64, :64], min(rank, 8), 1.0)  # libraries load outside the measurement
         started = time.perf_counter()
-        settled.adapter.start(matrix, rank, 1.0).A.sum().item()
+        settled.adapter.start(matrix, min(rank, height, width), 1.0).A.sum().item()
         seconds += number * (time.perf_counter() - started)
     return seconds
 

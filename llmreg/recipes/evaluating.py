@@ -92,7 +92,7 @@ def evaluate(source: str | Path, overrides: Sequence[str] = (), *, merged: bool 
             ("evaluation",), "there is nothing to measure; write evaluation.tasks=[...] or evaluation.forgetting=[...]."
         )
     with quiet():
-        settled = plan(recipe, resume=True)
+        settled = plan(recipe, new_output=False)
         classes = load_training_data(recipe).classes if recipe.task == "classification" else None
         suites = suites_of(recipe, classes)
         model, tokenizer = load_base(recipe, gpu=not settled.training.use_cpu, classes=classes)

@@ -1,7 +1,7 @@
-"""What a training would need, before anything is loaded: the model's outline, the adapter's layers, bytes by purpose.
+"""What memory a training would need, before anything is loaded: bytes by purpose.
 
-Nothing is downloaded, written or allocated: the model stands on the meta device, made from its config alone, and a
-training step runs on fake tensors (`memory_step`). An estimate is for one device: the process's memory on a CPU, the
+Nothing is downloaded, written or allocated: the model is an `outline`, and a training step runs on fake tensors
+(`memory_step`). An estimate is for one device: the process's memory on a CPU, the
 GPU's memory on a GPU.
 """
 
@@ -9,22 +9,19 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 import resource
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from ..errors import RecipeError
+from .outline import Task, frozen_factors, with_adapter
 
-__all__ = ["MemoryEstimate", "Parameters", "count", "estimate", "libraries_memory", "outline", "targets"]
+__all__ = ["MemoryEstimate", "estimate", "libraries_memory"]
 
-Task = Literal["sft", "dpo", "classification"]
 Quantization = Literal["nf4", "int8"]
 
 #: A CUDA context with cuBLAS' workspace, which no allocator reports; 0.4 to 0.6 GB on the GPUs of the last years.
@@ -38,14 +35,6 @@ _MOMENTS = {"adamw_torch": 2, "adamw_torch_fused": 2, "sgd": 0, "adagrad": 1, "r
 #: ... and in bitsandbytes' or apex' float32, or 8 bits.
 _FLOAT_MOMENTS = {"adamw_apex_fused": 2, "paged_adamw_32bit": 2, "lion_32bit": 1, "paged_lion_32bit": 1}
 _BYTE_MOMENTS = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "lion_8bit": 1, "paged_lion_8bit": 1}
-
-
-class Parameters(NamedTuple):
-    """Numbers of parameters: of the base, trained, and kept frozen beside it (`A0`, `B0` of additive adapters)."""
-
-    base: int
-    trainable: int
-    frozen_extra: int
 
 
 @dataclass(frozen=True)
@@ -84,116 +73,6 @@ class MemoryEstimate:
         return resident + max(sum(part or 0 for part in step), self.start or 0)
 
 
-# -- the model ------------------------------------------------------------------------------------------------------
-
-
-def outline(
-    path_or_name: str, *, revision: str | None = None, task: Task = "sft", num_labels: int | None = None
-) -> nn.Module:
-    """The base model on the meta device, from its config alone.
-
-    Args:
-        path_or_name: a folder, or a Hub id whose config is in the local cache.
-        task: "classification" puts a head of `num_labels` classes on it, the others a language model's head.
-
-    Raises:
-        RecipeError: no config on this machine, or one that transformers does not know.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    folder = Path(path_or_name).expanduser()
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise RecipeError(f"{path_or_name} holds no config.json; write the folder of a model, with its config.")
-    labels = {"num_labels": num_labels} if task == "classification" and num_labels else {}
-    try:
-        config = AutoConfig.from_pretrained(
-            path_or_name, revision=revision, local_files_only=True, trust_remote_code=False, **labels
-        )
-    except OSError:
-        raise RecipeError(_no_config(path_or_name, revision)) from None
-    except (ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300].rstrip(".")
-        raise RecipeError(f"the config of {path_or_name} cannot be read: {reason}.") from None
-    family = AutoModelForSequenceClassification if task == "classification" else AutoModelForCausalLM
-    try:
-        with torch.device("meta"):
-            model = family.from_config(config)
-    except (ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300].rstrip(".")
-        raise RecipeError(f"{path_or_name} is no model for the task {task}: {reason}.") from None
-    model.tie_weights()
-    return model
-
-
-def _no_config(name: str, revision: str | None) -> str:
-    command = f"hf download {name} config.json" + (f" --revision {revision}" if revision else "")
-    return (
-        f"the config of {name} is not on this machine and a dry run downloads nothing; fetch it with `{command}`, or "
-        "write the path of a folder."
-    )
-
-
-def _adapted(model: nn.Module, adapter_config: Any) -> Any:
-    """A copy of the outline with the adapter injected; no factor is decomposed on the meta device."""
-    from peft import get_peft_model
-
-    return get_peft_model(copy.deepcopy(model), copy.deepcopy(adapter_config), low_cpu_mem_usage=True)
-
-
-def targets(model: nn.Module, adapter_config: Any) -> dict[str, list[str]]:
-    """The layers that carry the adapter, by the pattern of `target_modules` that names them; PEFT's own matching.
-
-    Args:
-        model: from `outline`.
-
-    Returns:
-        For each pattern the names of its layers, empty where it matches none. A layer that several patterns match
-        is listed under each.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    patterns = adapter_config.target_modules
-    try:
-        adapted = _adapted(model, adapter_config)
-    except ValueError as error:
-        if "target modules" not in str(error).lower() or patterns is None:
-            raise
-        return {pattern: [] for pattern in ([patterns] if isinstance(patterns, str) else sorted(patterns))}
-    base = adapted.get_base_model()
-    layers = [name for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)]
-    if isinstance(patterns, str):
-        return {patterns: layers}
-    if patterns is None:  # PEFT's choice for this architecture
-        patterns = adapted.peft_config["default"].target_modules
-    return {pattern: [name for name in layers if _matches(pattern, name)] for pattern in sorted(patterns)}
-
-
-def _matches(pattern: str, name: str) -> bool:
-    return re.search(rf"(^|\.){re.escape(pattern)}$", name) is not None
-
-
-def count(peft_model: nn.Module) -> Parameters:
-    """Parameters by role, each tied one once; of a meta model, or of one that is not quantised."""
-    frozen = {id(parameter) for parameter in _frozen_factors(peft_model)}
-    numbers = {"base": 0, "trainable": 0, "frozen_extra": 0}
-    for parameter in peft_model.parameters():
-        role = "trainable" if parameter.requires_grad else "frozen_extra" if id(parameter) in frozen else "base"
-        numbers[role] += parameter.numel()
-    return Parameters(**numbers)
-
-
-def _frozen_factors(model: nn.Module) -> Iterator[nn.Parameter]:
-    from ..adapters.layer import AdditiveLayer
-
-    for module in model.modules():
-        if isinstance(module, AdditiveLayer):
-            yield from module.lora_A0.parameters()
-            yield from module.lora_B0.parameters()
-
-
-# -- the estimate ---------------------------------------------------------------------------------------------------
-
-
 def estimate(
     model: nn.Module,
     adapter_config: Any,
@@ -223,7 +102,7 @@ def estimate(
     quantized = _quantized_layers(model) if quantization else frozenset()
     adapted = _typed(model, adapter_config, dtype, task, quantization)
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    frozen = list(_frozen_factors(adapted))
+    frozen = list(frozen_factors(adapted))
     start = _start(adapted, dtype, quantization, gpu, notes)
     weights = _weights(adapted, quantized, quantization, double_quantization) - sum(map(_bytes, frozen))
     step = _step(adapted, training_config, task, tokens, quantized, gpu, notes)
@@ -282,10 +161,10 @@ def _typed(model: nn.Module, adapter_config: Any, dtype: torch.dtype, task: str,
     plain = copy.deepcopy(model)
     for parameter in plain.parameters():
         parameter.data = parameter.data.to(dtype)
-    adapted = _adapted(plain, adapter_config)
+    adapted = with_adapter(plain, adapter_config)
     if quantization and task != "classification":  # TRL trains in bfloat16 on a quantised base; A0, B0 follow
         trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-        for parameter in [*trained, *_frozen_factors(adapted)]:
+        for parameter in [*trained, *frozen_factors(adapted)]:
             parameter.data = parameter.data.to(torch.bfloat16)
     return adapted
 

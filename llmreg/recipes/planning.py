@@ -68,11 +68,11 @@ class Plan:
     exported_rank: int
 
 
-def plan(recipe: Recipe, *, resume: bool = False) -> Plan:
+def plan(recipe: Recipe, *, new_output: bool = True) -> Plan:
     """Settle a recipe.
 
     Args:
-        resume: the output folder may hold an unfinished run.
+        new_output: refuse an output folder that holds something; False where nothing new is begun in it.
 
     Raises:
         RecipeError: unknown fields, wrong types, or a conflict of law 6; with where it was written.
@@ -85,7 +85,7 @@ def plan(recipe: Recipe, *, resume: bool = False) -> Plan:
         check_training(recipe, training)
         check_environment(recipe, training)
         check_sources(recipe)
-        if not resume:
+        if new_output:
             check_output(recipe)
     return Plan(recipe, method, adapter, training, exported_rank)
 

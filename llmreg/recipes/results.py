@@ -21,12 +21,12 @@ from .planning import Plan
 from .schema import Recipe
 from .tasks import TASKS
 
-__all__ = ["report_of", "save_adapter", "write_reports"]
+__all__ = ["Scores", "refuse_diverged", "report_of", "save_adapter", "write_reports"]
 
 Scores = dict[tuple[str, str], float]
 
 
-def check_converged(recipe: Recipe, model: Any) -> None:
+def refuse_diverged(recipe: Recipe, model: Any) -> None:
     """Refuse to save an adapter that holds NaN or infinite values.
 
     Raises:

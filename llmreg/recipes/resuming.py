@@ -16,17 +16,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from ..errors import RecipeError, TrainingStopped
+from ..errors import TrainingStopped
 from ..files import write_text
+from .document import parse
 from .load import dump_recipe
 from .schema import Recipe
 
-__all__ = ["Checkpoints", "check_same_recipe", "find_checkpoint", "finish_from", "is_whole"]
+__all__ = ["Checkpoints", "differences", "find_checkpoint", "finish_from", "is_whole"]
 
 _RECIPE = "recipe.yaml"
 #: Sections and fields that do not change what is trained.
@@ -175,27 +175,16 @@ def _step(checkpoint: Path) -> int:
     return int(number) if number.isdecimal() else -1
 
 
-def check_same_recipe(recipe: Recipe, checkpoint: Path) -> None:
-    """Refuse to continue under a recipe that would have trained differently.
-
-    Raises:
-        RecipeError: with every difference.
-    """
-    there = _flat(yaml.safe_load((checkpoint / _RECIPE).read_text(encoding="utf-8")) or {})
+def differences(recipe: Recipe, checkpoint: Path) -> tuple[str, ...]:
+    """Where the recipe would have trained differently from the one that made `checkpoint`, a phrase each."""
+    there = _flat(parse((checkpoint / _RECIPE).read_text(encoding="utf-8"), _RECIPE).values)
     here = _flat(recipe.resolved())
-    differing = [
-        key
-        for key in sorted({*there, *here})
-        if there.get(key) != here.get(key) and not key.startswith(_WITHOUT_EFFECT)
-    ]
-    if differing:
-        listed = "; ".join(
-            f"{key} {there.get(key, '(not given)')} there, {here.get(key, '(not given)')} here" for key in differing
-        )
-        raise RecipeError(
-            f"the recipe is not the one that made {checkpoint.name}: {listed}. Undo that, or allow it "
-            "with --allow-changes."
-        )
+    keys = [key for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
+    return tuple(
+        f"{key} {there.get(key, '(not given)')} there, {here.get(key, '(not given)')} here"
+        for key in keys
+        if not key.startswith(_WITHOUT_EFFECT)
+    )
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.start_cache import default_folder, use_starts
+from ..errors import RecipeError
 from ..evaluation.measure import Suite, measure
 from ..evaluation.report import Report
 from ..quiet import quiet
@@ -18,8 +19,8 @@ from .building import build_trainer, check_chat_template
 from .data import Classes, load_training_data, located, scoring_rows
 from .planning import plan
 from .progress_callback import TrainingBar
-from .results import Scores, check_converged, report_of, save_adapter, write_reports
-from .resuming import Checkpoints, check_same_recipe, find_checkpoint, finish_from
+from .results import Scores, refuse_diverged, report_of, save_adapter, write_reports
+from .resuming import Checkpoints, differences, find_checkpoint, finish_from
 from .schema import Recipe
 from .tracking import TrackedScores
 
@@ -66,12 +67,8 @@ def run(recipe: Recipe, *, resume: bool | str = False, allow_changes: bool = Fal
     """
     clock = _Clock()
     with quiet(), clock.timing("load"):
-        settled = plan(recipe, resume=bool(resume))
-        checkpoint = None
-        if resume:
-            checkpoint = find_checkpoint(recipe, None if resume is True else resume)
-            if not allow_changes:
-                check_same_recipe(recipe, checkpoint)
+        settled = plan(recipe, new_output=not resume)
+        checkpoint, changed = _found_checkpoint(recipe, resume, allow_changes)
     with quiet(), _claimed(recipe) as folder:
         with clock.timing("load"):
             data = load_training_data(recipe)
@@ -92,12 +89,13 @@ def run(recipe: Recipe, *, resume: bool | str = False, allow_changes: bool = Fal
             measure=lambda: measure_suites(recipe, _plain(trainer), tokenizer, suites),
             trained=checkpoints.go_on,
         )
-        with clock.timing("train"):
-            outcome = _train(trainer, checkpoints, checkpoint)
-        clock.move(tracked.seconds, "train", "evaluate")
-        with clock.timing("evaluate"):
-            heldout.measure("after")
-        check_converged(recipe, trainer.model)
+        with checkpoints.stopping_on_sigterm(trainer):
+            with clock.timing("train"):
+                outcome = _train(trainer, checkpoints, checkpoint)
+            clock.move(tracked.seconds, "train", "evaluate")
+            with clock.timing("evaluate"):
+                heldout.measure("after")
+        refuse_diverged(recipe, trainer.model)
         with clock.timing("save"):
             export = save_adapter(settled, trainer.model, folder)
         report = report_of(
@@ -112,9 +110,26 @@ def run(recipe: Recipe, *, resume: bool | str = False, allow_changes: bool = Fal
             heldout_loss=heldout.losses or None,
             export=export,
             seconds=clock.split(),
+            changed_on_resume=changed,
         )
         write_reports(report, folder)
     return report
+
+
+def _found_checkpoint(
+    recipe: Recipe, resume: bool | str, allow_changes: bool
+) -> tuple[Path | None, tuple[str, ...] | None]:
+    """The checkpoint to continue from, and how the recipe has changed since; None, None for a new run."""
+    if not resume:
+        return None, None
+    checkpoint = find_checkpoint(recipe, None if resume is True else resume)
+    changed = differences(recipe, checkpoint)
+    if changed and not allow_changes:
+        raise RecipeError(
+            f"the recipe is not the one that made {checkpoint.name}: {'; '.join(changed)}. Undo that, or allow it with "
+            "--allow-changes."
+        )
+    return checkpoint, changed
 
 
 @contextmanager
@@ -188,9 +203,8 @@ def _train(trainer: Any, checkpoints: Checkpoints, checkpoint: Path | None) -> A
     bars = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, TrainingBar)]
     trainer.add_callback(checkpoints)
     try:
-        with checkpoints.stopping_on_sigterm(trainer):
-            done = None if checkpoint is None else finish_from(trainer, checkpoint)
-            return done or trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        done = None if checkpoint is None else finish_from(trainer, checkpoint)
+        return done or trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         for bar in bars:
             bar.close()

@@ -55,7 +55,7 @@ def prepare_starts(recipe: Recipe, folder: str | Path | None = None) -> StartRep
     started = time.perf_counter()
     target = _folder(folder)
     with quiet():
-        settled = plan(recipe, resume=True)
+        settled = plan(recipe, new_output=False)
         if settled.method.kind != "additive":
             raise recipe.error(
                 ("adapter", "method"),

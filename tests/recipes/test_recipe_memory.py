@@ -14,7 +14,8 @@ from trl import DPOConfig, SFTConfig
 import llmreg
 from llmreg import pocket
 from llmreg.errors import RecipeError
-from llmreg.recipes.memory import MemoryEstimate, count, estimate, outline, targets
+from llmreg.recipes.memory import MemoryEstimate, estimate
+from llmreg.recipes.outline import count, outline, targets
 
 POCKET = str(pocket.path())
 
@@ -282,7 +283,8 @@ training = config("out", per_device_train_batch_size=case["rows"], max_length=ca
     use_cpu=True, bf16=False, report_to="none", save_strategy="no", activation_checkpointing=False, disable_tqdm=True)
 """
 _ESTIMATE = """
-from llmreg.recipes.memory import estimate, outline
+from llmreg.recipes.memory import estimate
+from llmreg.recipes.outline import outline
 got = estimate(outline(case["model"], task=case["task"]), adapter, training, task=case["task"], dtype=torch.float32,
     quantization=case["quantization"])
 print(json.dumps({"peak": got.peak, "libraries": got.libraries, "notes": got.notes}))

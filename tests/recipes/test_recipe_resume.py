@@ -60,6 +60,7 @@ def test_a_resumed_run_ends_with_the_same_bits_and_the_same_report(whole, name, 
     assert again.train_loss == report.train_loss
     assert again.measurements == report.measurements
     assert again.heldout_loss == report.heldout_loss
+    assert (report.changed_on_resume, again.changed_on_resume) == (None, ())
 
 
 def test_a_run_killed_after_its_last_step_is_finished_without_another_step(whole, tmp_path):
@@ -126,7 +127,9 @@ def test_a_changed_recipe_is_refused_with_the_difference_unless_allowed(whole, t
         run(changed, resume=True)
     assert "training.learning_rate 0.0015 there, 0.0003 here." in str(caught.value)
     assert "logging_steps" not in str(caught.value)
-    assert run(changed, resume=True, allow_changes=True).steps == 6
+    report = run(changed, resume=True, allow_changes=True)
+    assert report.steps == 6
+    assert report.changed_on_resume == ("training.learning_rate 0.0015 there, 0.0003 here",)
 
 
 def test_sigterm_while_training_writes_a_checkpoint_and_the_run_goes_on_from_it(whole, tmp_path, monkeypatch):

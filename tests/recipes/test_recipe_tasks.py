@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 
-from llmreg.errors import RecipeError
+from llmreg.errors import AdapterFileError, RecipeError
 from llmreg.recipes import load_recipe, run
 from llmreg.recipes.data import Classes, classes_of, in_format, numbered
 from llmreg.recipes.tasks import TASKS
@@ -122,6 +122,8 @@ def test_classification_trains_a_head_and_the_adapter_carries_it(tmp_path):
     again = classification(model, tokenizer, rows)
     assert again["accuracy"] == report.measurements[0].after
     assert again["macro F1"] == pytest.approx(report.measurements[1].after)
+    with pytest.raises(AdapterFileError, match="LlamaForCausalLM has no such module; load the base by the class"):
+        PeftModel.from_pretrained(pocket.load_model(), tmp_path / "out" / "adapter")
 
 
 def test_an_encoder_is_classified_on_labels_given_as_text(jsonl, tmp_path):
