@@ -198,30 +198,32 @@ def additive_layers(model: nn.Module, adapter: str = "default") -> dict[str, Any
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, AdditiveLayer) and adapter in module.lora_A0
+        if isinstance(module, AdditiveLayer) and module.form(adapter)
     }
 
 
 @torch.no_grad()
 def drift(model: nn.Module, adapter: str = "default", *, size: float = 0.01, seed: int = 0) -> Any:
-    """Move `A`, `B` of every layer so that the update's norm is `size` times the base weight's, as training would."""
+    """Move what trains so that every layer's update has `size` times its weight's norm, as training would."""
     generator = torch.Generator().manual_seed(seed)
     for layer in additive_layers(model, adapter).values():
-        A, B, A0, B0 = layer.factors(adapter)
-        noise = [torch.randn(f.shape, generator=generator) * f.float().std() for f in (A, B)]
+        trained = [layer.factors(adapter)[name] for name in layer.form(adapter).trained]
+        starts = [factor.float().clone() for factor in trained]
+        noise = [torch.randn(f.shape, generator=generator) * (f.std() if f.any() else 1.0) for f in starts]
         whole = size * weight_norm(layer)
         step = 0.01
         for _ in range(4):
-            for factor, start, direction in ((A, A0, noise[0]), (B, B0, noise[1])):
-                factor.copy_((start.float() + step * direction).to(factor.dtype))
+            for factor, start, direction in zip(trained, starts, noise, strict=True):
+                factor.copy_((start + step * direction).to(factor.dtype))
             step *= float(whole / delta(layer, adapter).norm())
     return model
 
 
 def delta(layer: Any, adapter: str = "default") -> Tensor:
-    """The update `s (B A - B0 A0)` `(out, in)` in fp64."""
-    A, B, A0, B0 = (factor.detach().double() for factor in layer.factors(adapter))
-    return layer.scaling[adapter] * ((B - B0) @ A + B0 @ (A - A0))
+    """The update `(out, in)` that the adapter adds to the weight, in fp64."""
+    factors = {name: factor.detach().double() for name, factor in layer.factors(adapter).items()}
+    down, up = layer.form(adapter).low_rank(factors)
+    return layer.scaling[adapter] * (up @ down)
 
 
 def weight_norm(layer: Any) -> Tensor:
@@ -231,11 +233,11 @@ def weight_norm(layer: Any) -> Tensor:
 
 
 def factor_bytes(model: nn.Module, adapter: str = "default") -> dict[str, bytes]:
-    """`A`, `B`, `A0`, `B0` of every layer as bytes."""
+    """Every factor of every layer as bytes."""
     return {
         f"{name}.{label}": tiny_models._bytes(factor)
         for name, layer in additive_layers(model, adapter).items()
-        for label, factor in zip(("A", "B", "A0", "B0"), layer.factors(adapter), strict=True)
+        for label, factor in layer.factors(adapter).items()
     }
 
 

@@ -178,13 +178,16 @@ def structure(model: nn.Module) -> dict[str, tuple]:
 
 
 def perturb(model: nn.Module, adapter: str = "default", *, size: float = 0.05, seed: int = 3) -> nn.Module:
-    """Move the trainable factors of `adapter` away from their start, as training would."""
+    """Move what trains of `adapter` (a plain LoRA or ours) away from its start, as training would."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if f"lora_A.{adapter}." in name or f"lora_B.{adapter}." in name:
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter.add_((size * noise).to(parameter.dtype))
+        for module in model.modules():
+            if adapter not in getattr(module, "lora_A", ()):
+                continue
+            form = module.form(adapter) if hasattr(module, "form") else None
+            for container in form.trained if form else ("lora_A", "lora_B"):
+                weight = getattr(module, container)[adapter].weight
+                weight.add_((size * torch.randn(weight.shape, generator=generator)).to(weight.dtype))
     return model
 
 

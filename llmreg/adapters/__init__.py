@@ -2,11 +2,12 @@
 
 import peft as _peft  # noqa: F401, first: llmreg registers itself when PEFT has been imported
 
-from .config import AdditiveConfig, PissaConfig
+from .config import AdditiveConfig
 from .layer import AdditiveLayer
 from .model import AdditiveModel
 from .registry import ADDITIVE, register
+from .svd_configs import PissaConfig, SorsaConfig, SvfitConfig
 
 register(AdditiveConfig, AdditiveModel)
 
-__all__ = ["ADDITIVE", "AdditiveConfig", "AdditiveLayer", "AdditiveModel", "PissaConfig"]
+__all__ = ["ADDITIVE", "AdditiveConfig", "AdditiveLayer", "AdditiveModel", "PissaConfig", "SorsaConfig", "SvfitConfig"]

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from peft import LoraConfig
 
 from ..errors import UnsupportedError
-from ..initializers import Factors, pissa
+from ..initializers import Factors
 from .registry import ADDITIVE
 
-__all__ = ["REFUSED_FIELDS", "SUPPORTED_FIELDS", "AdditiveConfig", "PissaConfig", "base_change"]
+__all__ = ["REFUSED_FIELDS", "SUPPORTED_FIELDS", "AdditiveConfig", "base_change"]
 
 #: Inherited fields that work as in PEFT.
 SUPPORTED_FIELDS = frozenset(
@@ -62,12 +62,13 @@ _LORA_DEFAULTS = {spec.name: _default(spec) for spec in dataclasses.fields(LoraC
 
 @dataclass
 class AdditiveConfig(LoraConfig):
-    """Base of the configs whose adapter adds `s (B A - B0 A0) x` to an untouched `W x`.
+    """Base of the configs whose adapter adds a low-rank term, zero at the start, to an untouched `W x`.
 
     `AdditiveConfig(method="pissa", ...)` builds the config class of that method (how a saved config comes back).
 
     Args:
-        lora_alpha: `s = lora_alpha / r` (or `/ sqrt(r)` with rsLoRA); default `r`, so `s = 1` as in the papers.
+        lora_alpha: `s = lora_alpha / r` (or `/ sqrt(r)` with rsLoRA); default each layer's rank, so `s = 1` as in
+            the papers.
         method: name in `llmreg methods`; set by the class.
         seed: of the initialiser's own random generator.
         exact_unmerge: keep a copy of each merged layer's weight, so that unmerging is bit-exact (costs the memory
@@ -79,12 +80,19 @@ class AdditiveConfig(LoraConfig):
     seed: int = field(default=0, metadata={"help": "seed of the initialiser's own generator"})
     exact_unmerge: bool = field(default=False, metadata={"help": "keep merged layers' weights to unmerge bit-exactly"})
 
+    alpha_pattern: dict[str, float] | None = field(default_factory=dict, metadata={"help": "lora_alpha by layer name"})
+
     METHOD: ClassVar[str] = ""
+    #: What the adapter holds and adds: a key of `forms.FORMS`.
+    FORM: ClassVar[str] = "difference"
+    #: The saved plain LoRA has this times `r` as its rank.
+    SAVED_RANK: ClassVar[int] = 2
     _CLASSES: ClassVar[dict[str, type[AdditiveConfig]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        AdditiveConfig._CLASSES[cls.METHOD] = cls
+        if cls.METHOD:
+            AdditiveConfig._CLASSES[cls.METHOD] = cls
 
     def __new__(cls, *args: Any, method: str = "", **kwargs: Any) -> AdditiveConfig:
         if cls is AdditiveConfig and method:
@@ -96,6 +104,8 @@ class AdditiveConfig(LoraConfig):
     def __post_init__(self) -> None:
         if self.lora_alpha is None:
             self.lora_alpha = self.r
+            given: dict[str, float] = self.alpha_pattern or {}
+            self.alpha_pattern = {**(self.rank_pattern or {}), **given}
         self._check_numbers()
         self._refuse_fields()
         super().__post_init__()
@@ -122,69 +132,45 @@ class AdditiveConfig(LoraConfig):
             if value != _LORA_DEFAULTS[name]:
                 raise UnsupportedError(f"{type(self).__name__} does not support {name}={value!r}: {reason}.")
 
-    def start_settings(self) -> tuple:
-        """Everything besides the weight, rank and scaling that decides the starting factors (hashable)."""
+    def needs_regularizer(self) -> bool:
+        """Whether training must be given a regulariser that this config asks for."""
+        return False
+
+    def chooses_rank(self, layer: str) -> bool:
+        """Whether the start decides the rank of this layer, and not `r` or `rank_pattern`."""
+        return False
+
+    def accept_rank(self, layer: str, shape: tuple[int, int], rank: int, alpha: float) -> None:
+        """Record the rank that the start chose for a layer of `shape` (out, in), or refuse it."""
         raise NotImplementedError
 
-    def start(self, W: Any, rank: int, scaling: float) -> Factors:
-        """The starting factors for weight `W` `(..., out, in)`; see the method's initialiser."""
+    def check_layer(self, layer: str, shape: tuple[int, int], rank: int) -> None:
+        """Refuse a layer for which the settings make no sense; `shape` is its weight's (out, in)."""
+
+    def start_settings(self, layer: str = "") -> tuple:
+        """Everything besides the weight, rank and scaling that decides a layer's start (hashable)."""
+        raise NotImplementedError
+
+    def start(self, W: Any, rank: int, scaling: float, layer: str = "") -> Factors:
+        """The start for weight `W` `(..., out, in)`, of `rank` unless `chooses_rank`; see the method's initialiser."""
         raise NotImplementedError
 
     def to_lora_config(self) -> LoraConfig:
-        """The plain `LoraConfig` that describes the saved difference form: rank 2r, the same scaling.
+        """The plain `LoraConfig` that describes the saved form: rank 2r for a difference, the same scaling.
 
         `alpha / r` keeps with alpha doubled; with rsLoRA `alpha / sqrt(r)` keeps with alpha times sqrt(2).
         """
-        grow = 2**0.5 if self.use_rslora else 2
+        times = self.SAVED_RANK
+        grow = times**0.5 if self.use_rslora else times
         kept = {name: getattr(self, name) for name in SUPPORTED_FIELDS - {"peft_type"}}
         assert self.lora_alpha is not None
         kept.update(
-            r=2 * self.r,
+            r=times * self.r,
             lora_alpha=self.lora_alpha * grow,
-            rank_pattern={key: 2 * rank for key, rank in (self.rank_pattern or {}).items()},
+            rank_pattern={key: times * rank for key, rank in (self.rank_pattern or {}).items()},
             alpha_pattern={key: alpha * grow for key, alpha in (self.alpha_pattern or {}).items()},
         )
         return LoraConfig(**kept)
-
-
-@dataclass
-class PissaConfig(AdditiveConfig):
-    """PiSSA (arXiv 2404.02948) over an untouched base: `peft.get_peft_model(base, PissaConfig(r=16, ...))`.
-
-    Args:
-        svd: "randomized" (default) or "exact" truncated SVD of each targeted weight.
-        oversample: extra columns of the randomised sketch; `None` = chosen from the rank.
-        power_iterations: passes of the randomised SVD; `None` = default of `llmreg.linalg.truncated_svd`.
-
-    Example:
-        >>> PissaConfig(r=16, target_modules="all-linear").lora_alpha
-        16
-    """
-
-    svd: Literal["randomized", "exact"] = field(default="randomized", metadata={"help": "how to decompose"})
-    oversample: int | None = field(default=None, metadata={"help": "extra columns of the randomised sketch"})
-    power_iterations: int | None = field(default=None, metadata={"help": "passes of the randomised SVD"})
-
-    METHOD: ClassVar[str] = "pissa"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.svd not in ("randomized", "exact"):
-            raise UnsupportedError(f"svd must be 'randomized' or 'exact', got {self.svd!r}.")
-
-    def start_settings(self) -> tuple:
-        return (self.METHOD, self.svd, self.oversample, self.power_iterations, self.seed)
-
-    def start(self, W: Any, rank: int, scaling: float) -> Factors:
-        return pissa(
-            W,
-            rank,
-            scaling,
-            svd=self.svd,
-            oversample=self.oversample,
-            power_iterations=self.power_iterations,
-            seed=self.seed,
-        )
 
 
 #: Values of `LoraConfig.init_lora_weights` (up to `_niter_k`) that subtract from the base weight or replace it.

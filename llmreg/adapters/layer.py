@@ -1,8 +1,8 @@
 """Layers that hold additive adapters beside plain LoRA ones, over float, NF4/FP4 and int8 bases.
 
-PEFT's own LoRA layers do the bookkeeping, merging and dispatch; this adds the frozen start `lora_A0`, `lora_B0` of
-each additive adapter and routes it through `AdditiveVariant`. On one layer some adapters may be additive and others
-plain LoRA.
+PEFT's own LoRA layers do the bookkeeping, merging and dispatch; this adds the factors that PEFT does not know (`forms`
+says which an adapter has) and routes each additive adapter through its form. On one layer some adapters may be
+additive, of several forms, and others plain LoRA.
 """
 
 from __future__ import annotations
@@ -19,135 +19,131 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
+from ..initializers import Factors
 from .config import AdditiveConfig
-from .difference import add_difference, concatenate
+from .forms import CONTAINERS, FORMS, Form
 from .loading import exact_factors
 
-__all__ = ["AdditiveLayer", "AdditiveLinear", "AdditiveVariant", "additive_class", "downgrade", "upgrade"]
-
-_FROZEN = ("lora_A0", "lora_B0")
-
-
-class _Factor(nn.Linear):
-    """A factor's weight in the shape PEFT expects of `lora_A[...]`; left unset, so that no random number is drawn."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
-
-    def reset_parameters(self) -> None:
-        pass
-
-
-class AdditiveVariant(LoraVariant):
-    """PEFT's hook for an adapter whose forward is not `B A x`: here the difference form."""
-
-    @staticmethod
-    def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
-        """Nothing to do: factors are set by the tuner, once all layers are in place."""
-
-    @staticmethod
-    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        A, B, A0, B0 = module.factors(active_adapter)
-        return add_difference(result, x, A, B, A0, B0, module.scaling[active_adapter])
-
-    @staticmethod
-    def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        return (orig_weight + module.get_delta_weight(active_adapter)).to(orig_weight.dtype)
-
-    @staticmethod
-    def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
-        orig_weight.data += module.get_delta_weight(active_adapter)
-
-    @staticmethod
-    def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        return (orig_weight - module.get_delta_weight(active_adapter)).to(orig_weight.dtype)
+__all__ = ["AdditiveLayer", "AdditiveLinear", "additive_class", "downgrade", "upgrade"]
 
 
 class AdditiveLayer:
     """Mixin in front of one of PEFT's LoRA layers; see the module's docstring."""
 
+    adapter_layer_names = (*LoraLayer.adapter_layer_names, "lora_S")
     # Not among `adapter_layer_names`, for which PEFT switches `requires_grad` on and off.
-    other_param_names = (*LoraLayer.other_param_names, *_FROZEN)
+    other_param_names = (*LoraLayer.other_param_names, "lora_A0", "lora_B0", "lora_S0")
 
-    def prepare_frozen(self: Any) -> None:
-        """Create the containers of the frozen factors, if they are not there yet."""
+    def prepare_containers(self: Any) -> None:
+        """Create the containers that PEFT's layers lack, if they are not there yet."""
         if not hasattr(self, "lora_A0"):
-            self.lora_A0 = nn.ModuleDict({})
-            self.lora_B0 = nn.ModuleDict({})
+            for name in CONTAINERS:
+                if not hasattr(self, name):
+                    setattr(self, name, nn.ModuleDict({}))
             self._kept_weight: Any = None
             self._exact_unmerge: set[str] = set()
+            self._unregularized: set[str] = set()
+
+    def form(self: Any, adapter_name: str) -> type[Form] | None:
+        """The form of an additive adapter; None for a plain LoRA, or an adapter that this layer does not carry."""
+        variant = self.lora_variant.get(adapter_name)
+        return type(variant) if isinstance(variant, Form) else None
 
     def resolve_lora_variant(self: Any, *, config: Any, **kwargs: Any) -> LoraVariant | None:
         if isinstance(config, AdditiveConfig):
-            return AdditiveVariant()
+            return FORMS[config.FORM]()
         return super().resolve_lora_variant(config=config, **kwargs)  # type: ignore[misc]
 
     def update_layer(self: Any, adapter_name: str, r: int, lora_alpha: float, config: Any, **kwargs: Any) -> None:
         """Add (unset) factors for an additive adapter; a plain LoRA config is PEFT's business."""
-        self.prepare_frozen()
+        self.prepare_containers()
         if not isinstance(config, AdditiveConfig):
             super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)  # type: ignore[misc]
             return
-        self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
         self.use_rslora[adapter_name] = config.use_rslora
         self.use_dora[adapter_name] = False
         self.lora_bias[adapter_name] = False
         self.lora_dropout.update({adapter_name: nn.Identity()})
-        self.lora_A[adapter_name] = _Factor(self.in_features, r)
-        self.lora_B[adapter_name] = _Factor(r, self.out_features)
-        self.lora_A0[adapter_name] = _Factor(self.in_features, r).requires_grad_(False)
-        self.lora_B0[adapter_name] = _Factor(r, self.out_features).requires_grad_(False)
-        self.lora_variant[adapter_name] = AdditiveVariant()
+        self.lora_variant[adapter_name] = FORMS[config.FORM]()
         if config.exact_unmerge:
             self._exact_unmerge.add(adapter_name)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        if config.needs_regularizer():
+            self._unregularized.add(adapter_name)
+        self.set_rank(adapter_name, r)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def set_rank(self: Any, adapter_name: str, r: int) -> None:
+        """(Re)make the factors of an additive adapter for rank `r`, unset; the scaling stays."""
+        self.r[adapter_name] = r
+        self.form(adapter_name).make(self, adapter_name, r)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+
     def _move_adapter_to_device_of_base_layer(self: Any, adapter_name: str, device: Any = None) -> None:
-        """As in PEFT; but factors that come from a sidecar keep their dtype, or they would not stay bit-exact."""
-        exact = exact_factors()
-        if not exact or adapter_name not in self.lora_A0:
+        """As in PEFT, and to the form's dtypes where it has its own (unset factors lose nothing by it).
+
+        Factors that come from a sidecar keep their dtype, or they would not stay bit-exact.
+        """
+        form, exact = self.form(adapter_name), exact_factors()
+        if form is None:
             super()._move_adapter_to_device_of_base_layer(adapter_name, device)  # type: ignore[misc]
             return
-        device = device or self.get_base_layer().weight.device
-        dtype = functools.reduce(torch.promote_types, {value.dtype for value in exact.values()})
-        for name in ("lora_A", "lora_B", *_FROZEN):
+        base = self.get_base_layer()
+        for name in form.containers():
             factor = getattr(self, name)[adapter_name]
             if not factor.weight.is_meta:  # with low_cpu_mem_usage the loaded tensors take the parameters' place
-                factor.to(device, dtype)
+                dtype = _dtype_of(exact, name) if exact else form.dtype(base, name)
+                factor.to(device or base.weight.device, dtype)
 
     def delete_adapter(self: Any, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)  # type: ignore[misc]
         self._exact_unmerge.discard(adapter_name)
+        self._unregularized.discard(adapter_name)
 
-    def factors(self: Any, adapter_name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`A (r, in)`, `B (out, r)`, `A0`, `B0` of an additive adapter.
+    def factors(self: Any, adapter_name: str) -> dict[str, Tensor]:
+        """The factors of an additive adapter by container, trained ones first, in the dtypes that they compute in."""
+        form = self.form(adapter_name)
+        form.settle_dtypes(self, adapter_name)
+        return {name: getattr(self, name)[adapter_name].weight for name in form.containers()}
 
-        TRL casts only parameters that require gradients (to bf16 on a quantised base). The frozen start then takes
-        the same dtype, and so the same rounding, the first time it is looked at: `A - A0` stays zero at step 0.
-        """
-        A, B = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
-        A0, B0 = self.lora_A0[adapter_name].weight, self.lora_B0[adapter_name].weight
-        if A0.dtype != A.dtype:
-            A0.data = A0.data.to(A.dtype)
-        if B0.dtype != B.dtype:
-            B0.data = B0.data.to(B.dtype)
-        return A, B, A0, B0
+    def frozen_factors(self: Any, adapter_name: str) -> list[nn.Parameter]:
+        """What an additive adapter keeps beside what it trains."""
+        return [getattr(self, name)[adapter_name].weight for name in self.form(adapter_name).frozen]
 
     @torch.no_grad()
-    def set_factors(self: Any, adapter_name: str, A: Tensor, B: Tensor) -> None:
-        """Start (or restart) an additive adapter at `A (r, in)`, `B (out, r)`: the difference becomes zero."""
-        for name, value in (("lora_A", A), ("lora_B", B), ("lora_A0", A), ("lora_B0", B)):
-            getattr(self, name)[adapter_name].weight.copy_(value)
+    def set_start(self: Any, adapter_name: str, start: Factors) -> None:
+        """Start (or restart) an additive adapter: it then adds exactly nothing."""
+        self.form(adapter_name).set_start(self, adapter_name, start)
+
+    def start(self: Any, adapter_name: str) -> Factors:
+        """The start that an additive adapter was given."""
+        return self.form(adapter_name).start(self, adapter_name)
+
+    def set_regularized(self: Any, adapter_name: str, regularized: bool) -> None:
+        """Say whether something applies the regulariser that the adapter's config asks for."""
+        (self._unregularized.discard if regularized else self._unregularized.add)(adapter_name)
+
+    def check_regularized(self: Any, adapter_name: str) -> None:
+        """Refuse to train without the regulariser that the adapter's config asks for (law 3).
+
+        Raises:
+            UnsupportedError: at the first training forward.
+        """
+        if self._unregularized and adapter_name in self._unregularized and self.training and torch.is_grad_enabled():
+            raise UnsupportedError(
+                f"The config of adapter {adapter_name!r} asks for a regulariser, and nothing applies it; pass "
+                "callbacks=[llmreg.RegularizerCallback()] to the trainer, or write weights=None to take only the start."
+            )
 
     @torch.no_grad()
     def get_delta_weight(self: Any, adapter: str) -> Tensor:
         """What merging adds to the base weight, in its layout; at least fp32, so that it is rounded only once."""
-        if not isinstance(self.lora_variant.get(adapter), AdditiveVariant):
+        form = self.form(adapter)
+        if form is None:
             return super().get_delta_weight(adapter)  # type: ignore[misc]
-        down, up = concatenate(*(f if f.dtype == torch.float64 else f.float() for f in self.factors(adapter)))
+        factors = self.factors(adapter).items()
+        down, up = form.low_rank({name: f if f.dtype == torch.float64 else f.float() for name, f in factors})
         delta = (up @ down).mul_(self.scaling[adapter])
         return delta.t() if self.fan_in_fan_out else delta
 
@@ -175,7 +171,7 @@ def _refuse_other_start(name: str) -> Any:
     """One of `LoraLayer`'s initialisations, refused for additive adapters: it would leave `A0`, `B0` behind."""
 
     def start(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        if adapter_name in self.lora_A0:
+        if self.form(adapter_name) is not None:
             raise UnsupportedError(
                 f"{name} would restart the additive adapter {adapter_name!r} as another kind of LoRA; delete it and "
                 "add an adapter with the config you want."
@@ -189,6 +185,12 @@ for (
     _name
 ) in "corda_init loftq_init lora_ga_init mica_init olora_init orthogonal_init pissa_init reset_lora_parameters".split():
     setattr(AdditiveLayer, _name, _refuse_other_start(_name))
+
+
+def _dtype_of(tensors: dict[str, Tensor], container: str) -> torch.dtype:
+    """The dtype that holds a container's tensors of all layers exactly."""
+    dtypes = {value.dtype for key, value in tensors.items() if f".{container}." in key}
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 def _copy_storage(base: nn.Module) -> tuple[Any, Any]:
@@ -233,11 +235,12 @@ def upgrade(layer: Any) -> None:
     """Turn one of PEFT's LoRA layers into its additive counterpart in place, adapters and all."""
     if type(layer) is LoraLinear or type(layer).__module__ == "peft.tuners.lora.bnb":
         layer.__class__ = additive_class(layer.get_base_layer())
-        layer.prepare_frozen()
+        layer.prepare_containers()
 
 
 def downgrade(layer: Any) -> None:
     """Undo `upgrade` on a layer that holds no additive adapter."""
-    for name in (*_FROZEN, "_kept_weight", "_exact_unmerge"):
+    added = [name for name in CONTAINERS if name not in LoraLayer.adapter_layer_names]
+    for name in (*added, "_kept_weight", "_exact_unmerge", "_unregularized"):
         delattr(layer, name)
     layer.__class__ = type(layer).__mro__[2]  # the class that `AdditiveLayer` was mixed into

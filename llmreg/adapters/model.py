@@ -6,6 +6,7 @@ adapter's config decides which it is.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from peft import LoraConfig
@@ -21,11 +22,12 @@ from torch import Tensor, nn
 from ..errors import UnsupportedError, WeightError
 from ..weights import gathered, storage_of
 from .config import AdditiveConfig, base_change
+from .forms import CONTAINERS, FORMS
 from .layer import AdditiveLayer, additive_class, downgrade, upgrade
 from .loading import exact_factors, starts
 from .rollback import unchanged_on_error
 from .start import start_factors
-from .stored_form import FACTOR_NAMES, from_stored, to_stored
+from .stored_form import from_stored, to_stored
 
 __all__ = ["AdditiveModel", "adopt", "is_additive", "live_factors", "release"]
 
@@ -38,6 +40,8 @@ class AdditiveModel(LoraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Wrap the targeted layers and start the factors; on an error the model is as it was before."""
         config = self.peft_config[adapter_name]
+        if isinstance(config, AdditiveConfig) and config.chooses_rank(""):  # and records it: not in the caller's config
+            config = self.peft_config[adapter_name] = copy.copy(config)
         try:
             with unchanged_on_error(self):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -93,6 +97,12 @@ class AdditiveModel(LoraModel):
         lora_config.fan_in_fan_out = storage.transposed
         return additive_class(base)(target, adapter_name, config=lora_config, **kwargs)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """As in PEFT, which turns half-precision factors into float32; but a form's own dtypes stay."""
+        config = self.peft_config[adapter_name]
+        if not (isinstance(config, AdditiveConfig) and FORMS[config.FORM].own_dtypes):
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """As in PEFT; but if the active adapter goes, its successor is the same on all layers.
 
@@ -133,7 +143,9 @@ class AdditiveModel(LoraModel):
     ) -> dict[str, Tensor]:
         """Stored names and form -> this model's parameters."""
         if isinstance(config, AdditiveConfig):
-            state_dict = from_stored(state_dict, exact_factors())
+            exact = exact_factors()
+            present = live_factors(model, adapter_name) if exact is None else None
+            state_dict = from_stored(state_dict, exact, FORMS[config.FORM], present)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     # -- what LoraModel offers and an additive adapter does not --------------------------------------------------
@@ -171,6 +183,7 @@ def _check_target(config: AdditiveConfig, base: nn.Module, name: str) -> None:
         raise UnsupportedError(f"Layer {name!r} cannot carry a {config.method} adapter: {error}") from None
     ranks = config.rank_pattern or {}
     rank = ranks.get(get_pattern_key(ranks.keys(), name)) or config.r
+    config.check_layer(name, shape, rank)
     if rank > min(shape):
         raise WeightError(
             f"Rank {rank} is larger than layer {name!r} allows: its weight is {shape[0]} x {shape[1]}, so r can be at "
@@ -201,7 +214,7 @@ def is_additive(config: LoraConfig) -> bool:
 
 
 def live_factors(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """`A`, `B`, `A0`, `B0` of every layer of an additive adapter, bit-exact, under names without the adapter's.
+    """All factors of every layer of an additive adapter, bit-exact, under names without the adapter's.
 
     Args:
         model: the `PeftModel`.
@@ -209,9 +222,9 @@ def live_factors(model: nn.Module, adapter_name: str, state_dict: dict[str, Tens
         state_dict: the gathered state of a sharded model; the model's own by default.
     """
     for module in model.modules():
-        if isinstance(module, AdditiveLayer) and adapter_name in module.lora_A0:
+        if isinstance(module, AdditiveLayer) and module.form(adapter_name):
             module.factors(adapter_name)  # the frozen start takes the factors' dtype now, if it has not yet
     prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
     live = _filter_state_dict_by_key_prefixes(state_dict or model.state_dict(), prefixes)
     named = {AdditiveModel._remove_adapter_name_from_key(key, adapter_name): value for key, value in live.items()}
-    return {key: value for key, value in named.items() if key.split(".")[-2] in FACTOR_NAMES}
+    return {key: value for key, value in named.items() if key.split(".")[-2] in CONTAINERS}

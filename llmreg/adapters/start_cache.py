@@ -196,15 +196,16 @@ def _factors_digest(parts: dict[str, Tensor], key: StartKey) -> str:
     return digest.hexdigest()
 
 
-def _shapes(key: StartKey) -> dict[str, tuple[int, ...]]:
+def _shapes(key: StartKey, parts: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     out_features, in_features = key.shape
-    return {"A": (key.rank, in_features), "B": (out_features, key.rank), "singular_values": (key.rank,)}
+    rank = parts["singular_values"].numel() if key.rank is None else key.rank
+    return {"A": (rank, in_features), "B": (out_features, rank), "singular_values": (rank,)}
 
 
 def _read(path: Path, key: StartKey) -> bytes:
     """The whole file: a mapped one would kill the process if it were cut short meanwhile."""
     status = path.lstat()
-    most = _MOST_HEADER + 4 * key.rank * (sum(key.shape) + 1)
+    most = _MOST_HEADER + 4 * (key.rank or max(key.shape)) * (sum(key.shape) + 1)
     if not stat.S_ISREG(status.st_mode) or status.st_size > most:
         raise ValueError(f"expected a file of at most {most} bytes")
     return path.read_bytes()
@@ -216,7 +217,7 @@ def _parse(content: bytes, key: StartKey) -> Factors:
     metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
     if metadata["llmreg_start"] != key.text():
         raise ValueError("it is another layer's start")
-    if {name: tuple(part.shape) for name, part in parts.items()} != _shapes(key):
+    if {name: tuple(part.shape) for name, part in parts.items()} != _shapes(key, parts):
         raise ValueError("its factors have other shapes")
     if any(part.dtype != getattr(torch, key.dtype) for part in parts.values()):
         raise ValueError("its factors have another dtype")
@@ -288,10 +289,11 @@ def contents(folder: str | os.PathLike) -> list[StartEntry]:
         try:
             with open(path, "rb") as file:
                 header = file.read(min(_MOST_HEADER, int.from_bytes(file.read(8), "little")))
-            key = json.loads(json.loads(header)["__metadata__"]["llmreg_start"])
+            head = json.loads(header)
+            key, rank = json.loads(head["__metadata__"]["llmreg_start"]), int(head["A"]["shape"][0])
             shape = (int(key["shape"][0]), int(key["shape"][1]))
             used = datetime.fromtimestamp(status.st_mtime, UTC)
-            entries.append(StartEntry(str(key["method"]), int(key["rank"]), shape, status.st_size, used))
+            entries.append(StartEntry(str(key["method"]), rank, shape, status.st_size, used))
         except (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError):
             continue
     return sorted(entries, key=lambda entry: entry.last_use, reverse=True)

@@ -37,6 +37,7 @@ class StartKey:
 
     Attributes:
         weight: hash of the stored bytes (`weight_hash`), so NF4 and the float it came from differ.
+        rank: None where the start chooses it.
         batch: layers decomposed together stop together, and batched kernels round in their own way: the others'
             hashes and this layer's place; None for a layer alone.
         device: its type. A CPU and a GPU decompose by different algorithms.
@@ -47,7 +48,7 @@ class StartKey:
     """
 
     method: str
-    rank: int
+    rank: int | None
     scaling: float
     seed: int
     settings: tuple
@@ -75,9 +76,16 @@ class StartKey:
 
 
 def start_keys(
-    bases: Sequence[nn.Module], config: AdditiveConfig, rank: int, scaling: float, device: str | None = None
+    bases: Sequence[nn.Module],
+    config: AdditiveConfig,
+    layer: str,
+    rank: int,
+    scaling: float,
+    device: str | None = None,
 ) -> list[StartKey] | None:
     """The keys of layers that are decomposed together on `device` (None: where each is); None: not to be cached.
+
+    `layer` names one of them: they share their settings.
 
     Sharded weights (ZeRO-3, FSDP) are not: reading one is a collective, and a rank whose own disk has the entry would
     leave the others waiting. Nor are weights without bytes in memory (meta, offloaded). Nor is a method from outside
@@ -89,7 +97,25 @@ def start_keys(
         return None
     try:
         hashes = [weight_hash(base) for base in bases]
-        keys = [_key(base, weight, config, rank, scaling, device) for base, weight in zip(bases, hashes, strict=True)]
+        asked = None if config.chooses_rank(layer) else rank
+        settings = config.start_settings(layer)
+        keys = [
+            StartKey(
+                method=config.method,
+                rank=asked,
+                scaling=float(scaling),
+                seed=config.seed,
+                settings=settings,
+                shape=storage_of(base).shape,
+                weight=weight,
+                batch=None,
+                device=device or cast(Tensor, base.weight).device.type,
+                precision=_precision(device or cast(Tensor, base.weight).device.type),
+                torch=torch.__version__,
+                bitsandbytes=_bitsandbytes_version() if storage_of(base).quantized else None,
+            )
+            for base, weight in zip(bases, hashes, strict=True)
+        ]
         keys[0].text()
     except (LlmregError, TypeError, ValueError):  # no bytes, not quantised yet, ...: reading says what is wrong
         return None
@@ -97,26 +123,6 @@ def start_keys(
         return keys
     together = hashlib.sha256("\n".join(hashes).encode()).hexdigest()
     return [replace(key, batch=f"{place} of {len(keys)} in {together}") for place, key in enumerate(keys, 1)]
-
-
-def _key(
-    base: nn.Module, weight: str, config: AdditiveConfig, rank: int, scaling: float, device: str | None
-) -> StartKey:
-    kind = device or cast(Tensor, base.weight).device.type
-    return StartKey(
-        method=config.method,
-        rank=rank,
-        scaling=float(scaling),
-        seed=config.seed,
-        settings=config.start_settings(),
-        shape=storage_of(base).shape,
-        weight=weight,
-        batch=None,
-        device=kind,
-        precision=_precision(kind),
-        torch=torch.__version__,
-        bitsandbytes=_bitsandbytes_version() if storage_of(base).quantized else None,
-    )
 
 
 def _precision(device: str) -> str:

@@ -1,63 +1,101 @@
 """Translation between the live factors of an adapter and the plain LoRA it is stored as (names and tensors).
 
-live    <layer>.lora_A[.adapter].weight  lora_B  lora_A0  lora_B0        rank r
-stored  <layer>.lora_A.weight = [A ; A - A0]   <layer>.lora_B.weight = [B - B0 | B0]     rank 2r
+live    <layer>.lora_A[.adapter].weight and what else its form has (`forms`)      rank r
+stored  <layer>.lora_A.weight = down   <layer>.lora_B.weight = up                 rank 2r, or r for `Spectral`
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..errors import AdapterFileError
-from .difference import concatenate, split
+from .difference import split
+from .forms import CONTAINERS, Difference, Form, ScaledDifference, Spectral
 
-__all__ = ["FACTOR_NAMES", "from_stored", "to_stored"]
-
-FACTOR_NAMES = ("lora_A", "lora_B", "lora_A0", "lora_B0")
-
-
-def _sibling(key: str, factor: str) -> str:
-    """The key of another factor of the layer that `key` (of its `lora_A`) belongs to."""
-    head, _, tail = key.rpartition(".lora_A.")
-    return f"{head}.{factor}.{tail}"
+__all__ = ["from_stored", "to_stored"]
 
 
-def _is_down(key: str) -> bool:
-    return ".lora_A." in key
+def _sibling(key: str, container: str) -> str:
+    """The key of another factor of the layer that `key` (of its `lora_A` or `lora_A0`) belongs to."""
+    head, _, tail = key.rpartition(".lora_A")
+    return f"{head}.{container}.{tail.partition('.')[2]}"
+
+
+def _is_factor(key: str) -> bool:
+    return any(f".{container}." in key for container in CONTAINERS)
 
 
 def to_stored(live: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Live tensors (adapter name in the key or not) -> the same keys for `lora_A`, `lora_B` in difference form.
+    """Live tensors (adapter name in the key or not) -> the same keys for `lora_A`, `lora_B` of a plain LoRA.
 
-    The frozen start follows the dtype of the factors, as in the forward pass. Other entries pass through.
+    A frozen start follows the dtype of the factors, as in the forward pass. Other entries pass through.
     """
-    stored = {key: value for key, value in live.items() if ".lora_A" not in key and ".lora_B" not in key}
-    for key in filter(_is_down, live):
-        A, B, A0, B0 = (live[_sibling(key, factor)] for factor in FACTOR_NAMES)
-        down, up = concatenate(A.detach(), B.detach(), A0.detach().to(A.dtype), B0.detach().to(B.dtype))
-        stored[key], stored[_sibling(key, "lora_B")] = down, up
+    stored = {key: value for key, value in live.items() if not _is_factor(key)}
+    for key in (key for key in live if ".lora_A0." in key):
+        keys = {container: _sibling(key, container) for container in CONTAINERS}
+        factors = {container: live[name].detach() for container, name in keys.items() if name in live}
+        form = _form(factors)
+        if not form.own_dtypes:
+            for frozen, trained in zip(form.frozen, form.trained, strict=True):
+                factors[frozen] = factors[frozen].to(factors[trained].dtype)
+        down, up = form.low_rank(factors)
+        stored[_sibling(key, "lora_A")], stored[_sibling(key, "lora_B")] = down.contiguous(), up.contiguous()
     return stored
 
 
-def from_stored(stored: dict[str, Tensor], exact: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+def _form(factors: dict[str, Tensor]) -> type[Form]:
+    if "lora_A" not in factors:
+        return Spectral
+    return ScaledDifference if "lora_S" in factors else Difference
+
+
+def from_stored(
+    stored: dict[str, Tensor],
+    exact: dict[str, Tensor] | None = None,
+    form: type[Form] = Difference,
+    present: dict[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
     """Stored tensors -> live ones (adapter-name-free keys), bit-exact where `exact` holds the factors.
 
     Without `exact` the difference form is split: the same function within one rounding, whatever rank-2r LoRA it is.
+    The spectral form needs the vectors that the live adapter has (`present`), and reads off how long they became.
 
     Raises:
-        AdapterFileError: a factor is missing, or of odd rank without `exact`.
+        AdapterFileError: a factor is missing, or without `exact` the stored form does not tell the factors.
     """
-    live = {key: value for key, value in stored.items() if ".lora_A" not in key and ".lora_B" not in key}
-    for key in filter(_is_down, stored):
+    live = {key: value for key, value in stored.items() if not _is_factor(key)}
+    for key in (key for key in stored if ".lora_A." in key):
         if exact is not None:
-            keys = [_sibling(key, factor) for factor in FACTOR_NAMES]
+            keys = [_sibling(key, container) for container in form.containers()]
             missing = [name for name in keys if name not in exact]
             if missing:
                 raise AdapterFileError(f"The adapter's sidecar lacks {missing[0]!r}; save the adapter again.")
             live.update({name: exact[name] for name in keys})
             continue
         up = stored.get(_sibling(key, "lora_B"))
+        if form is Spectral and up is not None:
+            live[_sibling(key, "lora_S")] = _values(key, stored[key], up, present or {})
+            continue
         if up is None or stored[key].shape[0] % 2:
             raise AdapterFileError(f"{key!r} is not half of a difference form (a pair of factors of even rank).")
-        live.update(zip((_sibling(key, factor) for factor in FACTOR_NAMES), split(stored[key], up), strict=True))
+        live.update({_sibling(key, name): value for name, value in _split(stored[key], up, form).items()})
     return live
+
+
+def _split(down: Tensor, up: Tensor, form: type[Form]) -> dict[str, Tensor]:
+    """Factors that compute what a rank-2r LoRA does; `S0` and `S` take up the lengths of the columns."""
+    A, P, A0, P0 = split(down, up)
+    if form is not ScaledDifference:
+        return {"lora_A": A, "lora_B": P, "lora_A0": A0, "lora_B0": P0}
+    S0 = P0.norm(dim=0).clamp_min(torch.finfo(P0.dtype).tiny)
+    return {"lora_A": A, "lora_B": P / S0, "lora_S": S0, "lora_A0": A0, "lora_B0": P0 / S0, "lora_S0": S0.clone()}
+
+
+def _values(key: str, down: Tensor, up: Tensor, present: dict[str, Tensor]) -> Tensor:
+    """`S` of a layer whose `up` is `B0 diag(S)`; its `down` must be the live adapter's own vectors."""
+    A0, B0 = (present.get(_sibling(key, name)) for name in ("lora_A0", "lora_B0"))
+    if A0 is None or B0 is None or A0.shape != down.shape or not torch.equal(A0.to(down), down):
+        raise AdapterFileError(f"{key!r} does not hold the singular vectors of the adapter that it is loaded into.")
+    B0 = B0.to(up)
+    return (B0 * up).sum(dim=0) / (B0 * B0).sum(dim=0)

@@ -317,7 +317,7 @@ def _check_whole_modules(sidecar: Sidecar, model: Any) -> None:
     with safe_open(str(sidecar.folder / SAFETENSORS_WEIGHTS_NAME), framework="pt") as file:
         names = list(file.keys())
     keys = [name.removeprefix("base_model.model.") for name in names if ".lora_" not in name]
-    lost = [key for key in keys if key.rpartition(".")[0] not in modules]
+    lost = [key for key in keys if ".token_adapter." not in key and key.rpartition(".")[0] not in modules]
     if lost:
         raise AdapterFileError(
             f"{sidecar.folder} brings {lost[0]!r}, and {type(model).__name__} has no such module; load the base by the "

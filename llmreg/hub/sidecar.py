@@ -3,7 +3,7 @@
 adapter_model.safetensors     the difference form, a plain LoRA of rank 2r: what everybody loads
 adapter_config.json           a plain LoraConfig
 llmreg.json                   method and config, hashes of the files, the start and the base, versions
-llmreg_factors.safetensors    A, B, A0, B0 of every layer, bit-exact
+llmreg_factors.safetensors    the factors of every layer and their start, bit-exact
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..adapters.config import AdditiveConfig
+from ..adapters.forms import FORMS
 from ..errors import AdapterFileError, BaseMismatchError, LlmregError
 from ..files import file_digest, write_json
 from ..versions import library_versions
@@ -148,11 +149,11 @@ class Sidecar:
         )
 
 
-def start_hash(factors: dict[str, Tensor]) -> str:
-    """SHA-256 over the frozen start (`A0`, `B0`) of all layers: equal recipes on equal bases give equal hashes."""
+def start_hash(factors: dict[str, Tensor], frozen: tuple[str, ...]) -> str:
+    """SHA-256 over the frozen start of all layers: equal recipes on equal bases give equal hashes."""
     digest = hashlib.sha256()
     for key in sorted(factors):
-        if ".lora_A0." in key or ".lora_B0." in key:
+        if key.split(".")[-2] in frozen:
             value = factors[key].detach().cpu().contiguous()
             digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.view(torch.uint8).numpy().data if value.numel() else b"")
@@ -169,7 +170,7 @@ def write_sidecar(folder: Path, config: AdditiveConfig, factors: dict[str, Tenso
         "format": FORMAT,
         "method": config.method,
         "config": settings,
-        "start_hash": start_hash(factors),
+        "start_hash": start_hash(factors, FORMS[config.FORM].frozen),
         "base": asdict(base),
         "files": {name: file_digest(folder / name) for name in (SAFETENSORS_WEIGHTS_NAME, FACTORS_NAME)},
         "versions": library_versions(),

@@ -3,7 +3,8 @@
 Nothing here knows PEFT: an initialiser takes a float matrix and returns `Factors`.
 """
 
+from .components import rank_of_energy, singular_components, sliced_components
 from .factors import Factors
 from .pissa import pissa
 
-__all__ = ["Factors", "pissa"]
+__all__ = ["Factors", "pissa", "rank_of_energy", "singular_components", "sliced_components"]

@@ -233,8 +233,8 @@ def simulate_start(model: nn.Module, adapter_name: str, config: Any, *, copied: 
     from ..adapters.start import _groups, _layers  # the same batches as the real start, whatever its budget is
 
     peaks: dict[tuple[int, ...], int] = {}
-    for group in _groups(_layers(model, adapter_name), adapter_name):
-        layer = group[0][1]
+    for group in _groups(_layers(model, adapter_name), adapter_name, config):
+        name, layer = group[0]
         shape = (layer.out_features, layer.in_features)
         key = (*shape, layer.r[adapter_name], len(group))
         if key in peaks:
@@ -244,7 +244,7 @@ def simulate_start(model: nn.Module, adapter_name: str, config: Any, *, copied: 
             stored = [torch.empty(shape, device=device) for _ in group]
             with _LiveBytes([] if copied else stored) as memory:
                 weights = [torch.empty_like(weight) for weight in stored] if copied else stored
-                factors = config.start(weights[0] if len(group) == 1 else torch.stack(weights), rank, scaling)
+                factors = config.start(weights[0] if len(group) == 1 else torch.stack(weights), rank, scaling, name)
                 peaks[key] = memory.peak
                 del factors, weights
     return max(peaks.values(), default=0)

@@ -122,10 +122,10 @@ def count(peft_model: nn.Module) -> Parameters:
 
 
 def frozen_factors(model: nn.Module) -> Iterator[nn.Parameter]:
-    """`A0` and `B0` of every additive layer."""
+    """What additive adapters keep beside what they train, such as `A0` and `B0`."""
     from ..adapters.layer import AdditiveLayer
 
-    for module in model.modules():
-        if isinstance(module, AdditiveLayer):
-            yield from module.lora_A0.parameters()
-            yield from module.lora_B0.parameters()
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, AdditiveLayer)]
+    for layer in layers:
+        for adapter in filter(layer.form, layer.lora_A):
+            yield from layer.frozen_factors(adapter)

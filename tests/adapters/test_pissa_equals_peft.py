@@ -7,7 +7,8 @@ import pytest
 import tiny_models
 import torch
 
-from llmreg import PissaConfig
+from llmreg import PissaConfig, SorsaConfig, SvfitConfig
+from llmreg.initializers import Factors
 
 SETTINGS = {"r": 4, "lora_alpha": 8, "target_modules": ["first", "second"]}
 
@@ -19,10 +20,10 @@ def pair(builder, **settings):
     ours = peft.get_peft_model(builder(), PissaConfig(svd="exact", **settings))
     theirs, ours = theirs.double(), ours.double()
     for name, layer in ours.named_modules():
-        if hasattr(layer, "set_factors"):
+        if hasattr(layer, "set_start"):
             their_layer = theirs.get_submodule(name)
             A, B = their_layer.lora_A["default"].weight, their_layer.lora_B["default"].weight
-            layer.set_factors("default", A, B)
+            layer.set_start("default", Factors(A, B, A.new_empty(0)))
             # In float64 the residual is W - s B A to the last bit, so that only the two forms are compared.
             delta = their_layer.get_delta_weight("default").detach()
             their_layer.base_layer.weight.data.copy_(layer.base_layer.weight - delta)
@@ -96,10 +97,15 @@ def test_in_bfloat16_the_step_zero_error_is_zero_where_theirs_is_not():
     assert torch.equal(ours(x), before)
 
 
-def test_trains_as_many_parameters_as_plain_lora(tokens, capsys, method):
+@pytest.mark.parametrize(
+    ("config_class", "with_factors", "with_values"), [(PissaConfig, 1, 0), (SorsaConfig, 1, 1), (SvfitConfig, 0, 1)]
+)
+def test_trains_as_many_parameters_as_the_method_says(capsys, config_class, with_factors, with_values):
     settings = {"r": 4, "target_modules": "all-linear"}
     lora = peft.get_peft_model(tiny_models.llama(), peft.LoraConfig(**settings))
-    ours = peft.get_peft_model(tiny_models.llama(), method(**settings))
-    assert ours.get_nb_trainable_parameters()[0] == lora.get_nb_trainable_parameters()[0]
+    ours = peft.get_peft_model(tiny_models.llama(), config_class(**settings))
+    layers = sum(hasattr(module, "lora_A0") for module in ours.modules())
+    expected = with_factors * lora.get_nb_trainable_parameters()[0] + with_values * 4 * layers
+    assert ours.get_nb_trainable_parameters()[0] == expected
     ours.print_trainable_parameters()
-    assert f"trainable params: {lora.get_nb_trainable_parameters()[0]:,}" in capsys.readouterr().out
+    assert f"trainable params: {expected:,}" in capsys.readouterr().out

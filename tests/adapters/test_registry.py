@@ -97,7 +97,8 @@ def work(data, x, queue):
     assert "llmreg" not in sys.modules, "the worker knows llmreg before it has unpickled anything"
     model = pickle.loads(data)
     config = model.peft_config["default"]
-    queue.put((model(x).detach().numpy(), type(config).__name__, config.peft_type.value, "llmreg" in sys.modules))
+    out = model.eval()(x).detach().numpy()
+    queue.put((out, type(config).__name__, config.peft_type.value, "llmreg" in sys.modules))
 
 if __name__ == "__main__":
     import llmreg, peft
@@ -106,7 +107,9 @@ if __name__ == "__main__":
     config = llmreg.AdditiveConfig(method=sys.argv[1], r=2, target_modules=["0", "2"])
     model = peft.get_peft_model(base, config)
     with torch.no_grad():
-        model.base_model.model[0].lora_B["default"].weight.add_(0.1)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
     x = torch.randn(3, 8)
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
@@ -114,7 +117,7 @@ if __name__ == "__main__":
     worker.start()
     out, name, peft_type, imported = queue.get(timeout=120)
     worker.join()
-    assert torch.allclose(torch.from_numpy(out), model(x), atol=1e-6)
+    assert torch.allclose(torch.from_numpy(out), model.eval()(x), atol=1e-6)
     print(name, peft_type, imported)
 """
     path = tmp_path / "worker_script.py"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import adapter_files as saved
 import peft
 import pytest
 import tiny_models
@@ -128,12 +129,12 @@ def test_a_reference_copy_takes_the_start_of_its_sibling_without_a_second_decomp
     tiny_models.perturb(model)
     monkeypatch.setattr(start, "_start_group", None)  # calling it would raise
     model.add_adapter("ref", config)
-    for name, parameter in model.named_parameters():
-        if "_A0.ref" in name or "_B0.ref" in name:
-            assert torch.equal(parameter, model.get_parameter(name.replace(".ref.", ".default.")))
-        elif ".ref." in name:
-            frozen = name.replace("lora_A.", "lora_A0.").replace("lora_B.", "lora_B0.")
-            assert torch.equal(parameter, model.get_parameter(frozen))
+    for layer in saved.additive_layers(model, "ref").values():
+        for container in layer.form("ref").frozen:
+            frozen = getattr(layer, container)
+            assert torch.equal(frozen["ref"].weight, frozen["default"].weight)
+        assert not layer.get_delta_weight("ref").any()
+        assert layer.get_delta_weight("default").any()
 
 
 @pytest.mark.parametrize("settings", [{"seed": 1}, {"lora_alpha": 2}, {"r": 3}, {"use_rslora": True}], ids=str)

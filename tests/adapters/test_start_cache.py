@@ -177,24 +177,24 @@ def test_another_storage_of_the_same_model_is_another_entry(folder):
 
 
 def test_every_field_of_the_key_counts():
-    (key,) = start_keys([nn.Linear(8, 6)], PissaConfig(r=2), 2, 1.0)
+    (key,) = start_keys([nn.Linear(8, 6)], PissaConfig(r=2), "", 2, 1.0)
     changed = {field.name: dataclasses.replace(key, **{field.name: "other"}) for field in dataclasses.fields(key)}
     assert len({key.file_name, *(other.file_name for other in changed.values())}) == len(changed) + 1
 
 
 def test_another_arithmetic_is_another_entry(monkeypatch):
     layer, config = nn.Linear(8, 6), PissaConfig(r=2)
-    plain = start_keys([layer], config, 2, 1.0)
-    assert start_keys([layer], config, 2, 1.0) == plain
-    assert start_keys([layer], config, 2, 1.0, "cuda") != plain
+    plain = start_keys([layer], config, "", 2, 1.0)
+    assert start_keys([layer], config, "", 2, 1.0) == plain
+    assert start_keys([layer], config, "", 2, 1.0, "cuda") != plain
     try:
         torch.set_float32_matmul_precision("high")
-        assert start_keys([layer], config, 2, 1.0) != plain
+        assert start_keys([layer], config, "", 2, 1.0) != plain
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert start_keys([layer], config, 2, 1.0) == plain
+    assert start_keys([layer], config, "", 2, 1.0) == plain
     monkeypatch.setattr(torch, "__version__", "9.9.9")
-    assert start_keys([layer], config, 2, 1.0) != plain
+    assert start_keys([layer], config, "", 2, 1.0) != plain
 
 
 def test_a_method_from_elsewhere_is_not_cached(folder, monkeypatch):
@@ -208,14 +208,14 @@ def test_a_method_from_elsewhere_is_not_cached(folder, monkeypatch):
 
 def test_settings_that_json_cannot_express_are_not_cached(monkeypatch):
     monkeypatch.setattr(PissaConfig, "start_settings", lambda self: (float("nan"),))
-    assert start_keys([nn.Linear(8, 6)], PissaConfig(r=2), 2, 1.0) is None
+    assert start_keys([nn.Linear(8, 6)], PissaConfig(r=2), "", 2, 1.0) is None
     monkeypatch.setattr(PissaConfig, "start_settings", lambda self: (object(),))
-    assert start_keys([nn.Linear(8, 6)], PissaConfig(r=2), 2, 1.0) is None
+    assert start_keys([nn.Linear(8, 6)], PissaConfig(r=2), "", 2, 1.0) is None
 
 
 def test_sharded_weights_and_weights_without_data_are_not_cached(folder, monkeypatch):
     with torch.device("meta"):
-        assert start_keys([nn.Linear(8, 6)], PissaConfig(r=2), 2, 1.0) is None
+        assert start_keys([nn.Linear(8, 6)], PissaConfig(r=2), "", 2, 1.0) is None
     monkeypatch.setattr(start_key, "is_sharded", lambda module: True)
     expected, _ = start(None)
     factors, found = start(folder)
@@ -407,7 +407,7 @@ def test_a_read_only_folder_still_gives_hits(folder, monkeypatch, no_decompositi
 def entry(folder, seed=0, age=0.0):
     """Write one entry, last used `age` seconds ago; its path."""
     torch.manual_seed(seed)
-    (key,) = start_keys([nn.Linear(8, 6)], PissaConfig(r=2, seed=seed), 2, 1.0)
+    (key,) = start_keys([nn.Linear(8, 6)], PissaConfig(r=2, seed=seed), "", 2, 1.0)
     cache = start_cache.StartCache(folder, 1 << 30)
     cache.store([key], [Factors(torch.ones(2, 8), torch.ones(6, 2), torch.ones(2))])
     path = folder / key.file_name

@@ -10,6 +10,7 @@ import pytest
 import tiny_models
 import torch
 
+from llmreg import SvfitConfig
 from llmreg.adapters.layer import AdditiveLayer
 
 
@@ -25,7 +26,13 @@ def gradients(model, tokens):
 
 
 def frozen(model):
-    return {name: parameter for name, parameter in model.named_parameters() if "_A0." in name or "_B0." in name}
+    found = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, AdditiveLayer):
+            for adapter in filter(layer.form, layer.lora_A):
+                for container in layer.form(adapter).frozen:
+                    found[f"{name}.{container}.{adapter}.weight"] = getattr(layer, container)[adapter].weight
+    return found
 
 
 @pytest.mark.timeout(280)
@@ -84,7 +91,8 @@ def test_casting_only_what_trains_to_bfloat16_keeps_step_zero_exactly_zero(metho
     layer = next(module for module in model.modules() if isinstance(module, AdditiveLayer))
     assert not layer.get_delta_weight("default").any()
     assert torch.equal(tiny_models.logits(model, tokens), before)
-    assert {parameter.dtype for parameter in frozen(model).values()} == {torch.bfloat16}
+    if not layer.form("default").own_dtypes:
+        assert {parameter.dtype for parameter in frozen(model).values()} == {torch.bfloat16}
     assert all(torch.isfinite(grad).all() for grad in gradients(model.train(), tokens).values())
 
 
@@ -100,7 +108,10 @@ def test_without_autocast_of_adapters_the_factors_have_the_base_s_dtype(method, 
     before = tiny_models.logits(base, tokens)
     config = method(r=4, target_modules="all-linear")
     model = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
-    assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.bfloat16}
+    values = {p.dtype for name, p in model.named_parameters() if "lora_S" in name and method is SvfitConfig}
+    assert values <= {torch.float32}, "a change of singular values is too small for bfloat16"
+    others = {p.dtype for name, p in model.named_parameters() if "lora_" in name and "lora_S" not in name}
+    assert others == {torch.bfloat16}
     assert torch.equal(tiny_models.logits(model, tokens), before)
 
 

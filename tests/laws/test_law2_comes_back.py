@@ -103,12 +103,12 @@ def test_conv1d_comes_back_bit_for_bit(method, tmp_path, tokens):
     _same(PeftModel.from_pretrained(saved.load_base(base), tmp_path / "adapter"), model, tokens)
 
 
-def test_without_sidecar_it_is_an_inference_lora_of_the_same_function(trained, base, tokens):
+def test_without_sidecar_it_is_an_inference_lora_of_the_same_function(method, trained, base, tokens):
     model, folder = trained
     (folder / "llmreg.json").unlink()
     loaded = PeftModel.from_pretrained(saved.load_base(base), folder)
     assert type(loaded.peft_config["default"]) is LoraConfig
-    assert loaded.peft_config["default"].r == 8
+    assert loaded.peft_config["default"].r == 4 * method.SAVED_RANK
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     assert saved.relative(saved.outputs(loaded, tokens), saved.outputs(model, tokens)) <= 1e-6
 
