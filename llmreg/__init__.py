@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from .hub.export import export_lora
     from .hub.merge import merge
     from .hub.push import push
+    from .trainers import RegularizerCallback
 
 __version__ = "0.1.0"
 __all__ = [
     "AdditiveConfig",
     "PissaConfig",
+    "RegularizerCallback",
     "SorsaConfig",
     "SvfitConfig",
     "__version__",
@@ -34,6 +36,7 @@ __all__ = [
 _LATER = {
     "AdditiveConfig": "adapters",
     "PissaConfig": "adapters",
+    "RegularizerCallback": "trainers",
     "SorsaConfig": "adapters",
     "SvfitConfig": "adapters",
     "export_lora": "hub.export",

@@ -35,7 +35,7 @@ class Method:
 
     Attributes:
         name: as recipes and `llmreg methods NAME` write it. title: the name in prose.
-        kind: "lora" (plain PEFT), or "additive" (`W x + s (B A - B0 A0) x` over an untouched base).
+        kind: "lora" (plain PEFT), or "additive" (a low-rank term, zero at the start, over an untouched base).
         config: import path of the config class, "module:Class".
         paper: what to read and cite.
         what, when, when_not: one sentence each.
@@ -101,6 +101,48 @@ _ROWS = (
         defaults={"lora_alpha": "r", "svd": "randomized", "lora_dropout": 0.0},
         recipe="recipes/quickstart.yaml",
         saved_rank=2,
+    ),
+    Method(
+        name="sorsa",
+        title="SORSA",
+        kind="additive",
+        config="llmreg.adapters:SorsaConfig",
+        paper=Paper(
+            "SORSA: Singular Values and Orthonormal Regularized Singular Vectors Adaptation of Large Language Models",
+            "2409.00055",
+            "3",
+        ),
+        what="Trains the r largest singular values and their vectors as three factors, and keeps the vectors near "
+        "orthonormal by a regulariser.",
+        when="You want PiSSA's quick start with well-conditioned factors: the vectors turn, the values scale.",
+        when_not="Under DeepSpeed or FSDP, where the regulariser is refused (weights: null takes the start alone), or "
+        "when fewest moving parts matter.",
+        cost="PiSSA's start, memory and step, plus two r x r Gram matrices a layer and step for the regulariser; the "
+        "saved LoRA has rank 2r unless exported with a rank.",
+        defaults={"lora_alpha": "r", "weights": 4e-4, "squared": False, "reduction": "mean", "decoupled": True},
+        recipe="recipes/pocket-sorsa.yaml",
+        saved_rank=2,
+    ),
+    Method(
+        name="svfit",
+        title="SVFit",
+        kind="additive",
+        config="llmreg.adapters:SvfitConfig",
+        paper=Paper(
+            "SVFit: Parameter-Efficient Fine-Tuning of Large Pre-Trained Models Using Singular Values",
+            "2409.05926",
+            "3",
+        ),
+        what="Trains only how much r singular values of each weight change, over frozen singular vectors.",
+        when="Adapters must be tiny (r numbers a layer, kilobytes with storage: tiny), or the base's directions are "
+        "good and only their strength should change.",
+        when_not="The task needs directions that the base lacks, or memory is short: vectors of rank r are held for "
+        "every layer, and near full rank they are as large as the layer.",
+        cost="One truncated SVD a layer before training, frozen vectors of r (in + out) values a layer in the base's "
+        "dtype, less activation memory than LoRA (inputs are not kept), and a learning rate far above LoRA's.",
+        defaults={"r": 64, "lora_alpha": "r", "svd": "randomized", "storage": "lora"},
+        recipe="recipes/pocket-svfit.yaml",
+        saved_rank=1,
     ),
     Method(
         name="lora",

@@ -48,6 +48,10 @@ def build_trainer(settled: Plan, model: Any, tokenizer: Any, data: TrainingData)
             "training.max_length.",
         )
     use_training_bar(trainer)
+    if getattr(settled.adapter, "needs_regularizer", bool)():
+        from ..trainers import RegularizerCallback
+
+        trainer.callback_handler.callbacks.insert(0, RegularizerCallback())  # before trackers, which get what it logs
     return trainer
 
 

@@ -97,6 +97,7 @@ def report_of(
         for line in trainer.state.log_history
         if "loss" in line
     )
+    config = trainer.model.peft_config["default"]  # the start may have chosen ranks
     return Report(
         method=settled.method.name,
         model=recipe.model.name,
@@ -108,7 +109,7 @@ def report_of(
         trainable_parameters=trainable,
         total_parameters=total,
         adapter_bytes=(adapter / "adapter_model.safetensors").stat().st_size,
-        rank=settled.method.saved_rank * max([settled.adapter.r, *(settled.adapter.rank_pattern or {}).values()]),
+        rank=settled.method.saved_rank * max([config.r, *(config.rank_pattern or {}).values()]),
         start_hash=sidecar.start_hash if sidecar else None,
         peak_memory_mib=peak_memory_mib(),
         adapter=str(adapter),

@@ -1,0 +1,104 @@
+"""SORSA's orthonormal regulariser (Cao & Song 2024, arXiv 2409.00055, section 3): singular vectors stay orthonormal.
+
+    R = || A A^T - I ||_F + || B^T B - I ||_F        summed over layers (the paper), or averaged over all factors
+
+The norm is not squared, so its gradient does not fade near orthonormality: `dR/dA = 2 (A A^T - I) A / ||A A^T - I||_F`
+has Frobenius norm 2 in the direction of whatever is left, rounding included, and is taken as 0 where nothing is. The
+squared norm is smooth, but another method; it is an option.
+
+The paper's update is decoupled from the task's, `W <- W - lr_t dL/dW - gamma_t dR/dW` with `gamma_t = gamma lr_t /
+lr_peak`. Its authors' code adds `gamma / lr_peak dR/dW` to the gradient instead, which is the same for SGD only: Adam's
+moments mix the two. `decoupled=True` (default) is the paper's update, in the manner of decoupled weight decay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedError
+
+__all__ = ["OrthonormalRegularizer", "condition_number"]
+
+
+@dataclass(frozen=True)
+class OrthonormalRegularizer:
+    """How far factors are from orthonormal, and which way is back.
+
+    A factor is given as a matrix whose rows should be orthonormal: `A (r, in)`, or `B^T (r, out)`.
+
+    Args:
+        weight: gamma; of a decoupled step at the peak learning rate, or of the term in the loss. Paper: 4e-4.
+        squared: square the Frobenius norms.
+        reduction: "mean" over factors (the authors' code, with which 4e-4 was used) or "sum" (the paper's formula).
+        decoupled: a step of its own after the optimizer's; False adds the term to the loss.
+
+    Raises:
+        UnsupportedError: a weight that is no number >= 0, or an unknown reduction.
+    """
+
+    weight: float = 4e-4
+    squared: bool = False
+    reduction: Literal["mean", "sum"] = "mean"
+    decoupled: bool = True
+
+    name = "orthonormal"
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.weight, int | float) and 0 <= self.weight < float("inf")):
+            raise UnsupportedError(f"weight must be a number >= 0, got {self.weight!r}.")
+        if self.reduction not in ("mean", "sum"):
+            raise UnsupportedError(f"reduction must be 'mean' or 'sum', got {self.reduction!r}.")
+
+    def loss(self, factors: Sequence[Tensor]) -> Tensor:
+        """`R`, a scalar with gradients; without the weight. At an exactly orthonormal factor its gradient is 0.
+
+        Example:
+            >>> round(float(OrthonormalRegularizer().loss([1.1 * torch.eye(4)])), 4)
+            0.42
+        """
+        terms = [_deviation(factor).square().sum() for factor in factors]
+        if not self.squared:
+            terms = [_root(term) for term in terms]
+        total = torch.stack(terms).sum()
+        return total / len(terms) if self.reduction == "mean" else total
+
+    @torch.no_grad()
+    def gradient(self, factor: Tensor, count: int) -> Tensor:
+        """`dR / d factor`, in closed form and the factor's dtype; computed in float32 at least.
+
+        Args:
+            factor: `(r, n)`. count: number of factors that `R` is taken over.
+        """
+        exact = factor.to(torch.promote_types(factor.dtype, torch.float32))
+        deviation = _deviation(exact)
+        slope = 4.0 if self.squared else 2.0 / deviation.norm()
+        if not self.squared and not deviation.any():
+            return torch.zeros_like(factor)
+        gradient = slope * (deviation @ exact)
+        return (gradient / count if self.reduction == "mean" else gradient).to(factor.dtype)
+
+
+def _deviation(factor: Tensor) -> Tensor:
+    gram = factor @ factor.mT
+    return gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+
+
+def _root(term: Tensor) -> Tensor:
+    """The square root, whose gradient at 0 is 0 and not infinite."""
+    positive = term > 0
+    return torch.where(positive, torch.where(positive, term, torch.ones_like(term)).sqrt(), torch.zeros_like(term))
+
+
+@torch.no_grad()
+def condition_number(factors: Sequence[Tensor]) -> float:
+    """The largest ratio of a factor's extreme singular values; infinite where one has lost rank."""
+    worst = 1.0
+    for factor in factors:
+        values = torch.linalg.eigvalsh((factor @ factor.mT).double())
+        worst = max(worst, float((values[-1] / values[0].clamp_min(0)).sqrt()))
+    return worst

@@ -1,0 +1,193 @@
+"""Law 3 for the orthonormal term: it acts once a step, exactly as much as its weight says, or the run stops."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import tiny_models
+import torch
+import trl_runs
+from transformers import Trainer, TrainingArguments
+
+import llmreg
+from llmreg import RegularizerCallback, SorsaConfig
+from llmreg.adapters import AdditiveLayer
+from llmreg.errors import UnsupportedError
+from llmreg.regularizers import OrthonormalRegularizer
+
+ROWS = [{"input_ids": [1 + i % 5, 7, 9 + i % 3, 4], "labels": [1 + i % 5, 7, 9 + i % 3, 4]} for i in range(128)]
+
+
+def sorsa(seed=0, **settings):
+    config = SorsaConfig(r=4, target_modules=["q_proj", "down_proj"], seed=0, **settings)
+    return peft.get_peft_model(tiny_models.llama(), config)
+
+
+def run(model, folder, *, rows=ROWS, callbacks=None, **settings):
+    defaults = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 2,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "linear",
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "optim": "sgd",
+        "seed": 0,
+    }
+    callbacks = [RegularizerCallback()] if callbacks is None else callbacks
+    trainer = Trainer(model, TrainingArguments(**{**defaults, **settings}), train_dataset=rows, callbacks=callbacks)
+    trainer.train()
+    return trainer
+
+
+def factors(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("accumulation", [1, 4, 64])
+@pytest.mark.parametrize("decoupled", [True, False], ids=["decoupled", "loss"])
+def test_its_effect_is_the_weight_s_at_any_accumulation(tmp_path, decoupled, accumulation):
+    """Two runs that differ in the term alone: what it moved is the difference of their factors."""
+    regularizer = OrthonormalRegularizer(weight=0.05, decoupled=decoupled)
+    with_term, without = sorsa(), sorsa()
+    perturb_alike(with_term, without)
+    before = factors(with_term)
+    settings = {"gradient_accumulation_steps": accumulation, "max_steps": 1, "lr_scheduler_type": "constant"}
+    settings["max_grad_norm"] = 0.0
+    run(with_term, tmp_path / "a", callbacks=[RegularizerCallback([regularizer])], **settings)
+    unregularized(without)
+    run(without, tmp_path / "b", callbacks=[], **settings)
+    moved, alone = factors(with_term), factors(without)
+    count = 2 * sum(isinstance(module, AdditiveLayer) for module in with_term.modules())
+    for name, start in before.items():
+        difference = moved[name] - alone[name]
+        if "lora_S" in name:
+            assert not difference.any()
+            continue
+        # Decoupled, the term sees the factors after the task's step; in the loss, before it, times SGD's rate.
+        seen = alone[name] if decoupled else start
+        rows = seen if "lora_A" in name else seen.mT
+        G = regularizer.gradient(rows, count)
+        expected = -0.05 * (1.0 if decoupled else 1e-2) * (G if "lora_A" in name else G.mT)
+        torch.testing.assert_close(difference, expected, atol=2e-7, rtol=1e-3)
+
+
+def perturb_alike(*models):
+    for model in models:
+        tiny_models.perturb(model, size=0.02)
+
+
+def unregularized(model):
+    for module in model.modules():
+        if isinstance(module, AdditiveLayer):
+            module.set_regularized("default", True)
+
+
+def test_a_last_shorter_accumulation_window_adds_the_whole_term_too(tmp_path):
+    regularizer = OrthonormalRegularizer(weight=0.05, decoupled=False)
+    model, without = sorsa(), sorsa()
+    perturb_alike(model, without)
+    settings = {"gradient_accumulation_steps": 4, "max_steps": -1, "num_train_epochs": 1, "max_grad_norm": 0.0}
+    settings["lr_scheduler_type"] = "constant"
+    rows = ROWS[:2]  # one micro-batch in a window of four
+    before = factors(model)
+    run(model, tmp_path / "a", rows=rows, callbacks=[RegularizerCallback([regularizer])], **settings)
+    unregularized(without)
+    run(without, tmp_path / "b", rows=rows, callbacks=[], **settings)
+    name = next(name for name in before if "lora_A" in name)
+    count = 2 * sum(isinstance(module, AdditiveLayer) for module in model.modules())
+    expected = -0.05 * 1e-2 * regularizer.gradient(before[name], count)
+    torch.testing.assert_close(factors(model)[name] - factors(without)[name], expected, atol=2e-7, rtol=1e-3)
+
+
+def test_the_decoupled_step_follows_the_learning_rate_schedule(tmp_path):
+    steps = []
+
+    class Spy(RegularizerCallback):
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            before = {id(p): p.detach().clone() for term in self._terms for p, _ in term.factors}
+            gradients = {
+                id(p): term.regularizer.gradient(p.detach() if rows else p.detach().mT, len(term.factors)).norm()
+                for term in self._terms
+                for p, rows in term.factors
+            }
+            super().on_optimizer_step(args, state, control, **kwargs)
+            p = self._terms[0].factors[0][0]
+            steps.append(float((p.detach() - before[id(p)]).norm() / gradients[id(p)]))
+
+    model = sorsa(weights=0.02)
+    tiny_models.perturb(model, size=0.05)
+    run(model, tmp_path, callbacks=[Spy()], max_steps=2)
+    assert steps == pytest.approx([0.02, 0.01], rel=1e-3)
+
+
+def test_training_a_configured_regularizer_without_applying_it_is_refused(tokens):
+    model = sorsa(weights=1e-3)
+    assert torch.isfinite(model.eval()(tokens).logits).all(), "inference needs no regulariser"
+    with pytest.raises(UnsupportedError, match=r"RegularizerCallback|weights=None"):
+        model.train()(tokens)
+    with torch.no_grad():
+        model.train()(tokens)
+    sorsa(weights=None).train()(tokens)
+    sorsa(weights=0).train()(tokens)
+
+
+def test_after_training_the_model_asks_for_it_again(tmp_path, tokens):
+    model = sorsa(weights=1e-3)
+    run(model, tmp_path)
+    with pytest.raises(UnsupportedError, match="RegularizerCallback"):
+        model.train()(tokens)
+
+
+def test_weight_zero_is_training_without_the_term_bit_for_bit(tmp_path):
+    plain, zero = sorsa(weights=None), sorsa(weights=None)
+    run(plain, tmp_path / "a", callbacks=[], optim="adamw_torch")
+    run(
+        zero, tmp_path / "b", callbacks=[RegularizerCallback([OrthonormalRegularizer(weight=0.0)])], optim="adamw_torch"
+    )
+    for name, value in factors(plain).items():
+        assert torch.equal(value, factors(zero)[name]), name
+
+
+@pytest.mark.parametrize("decoupled", [True, False], ids=["decoupled", "loss"])
+def test_it_keeps_factors_nearer_to_orthonormal_and_is_logged(tmp_path, decoupled):
+    drifts, logs = {}, {}
+    for weight in (0.0, 0.1):
+        model = sorsa(weights=None)
+        callback = RegularizerCallback([OrthonormalRegularizer(weight=weight, decoupled=decoupled)])
+        trainer = run(model, tmp_path / str(weight), callbacks=[callback], max_steps=12, optim="adamw_torch")
+        rows = [log for log in trainer.state.log_history if "loss" in log]
+        logs[weight] = rows
+        drifts[weight] = rows[-1]["regularizer/orthonormal"]
+    assert drifts[0.1] < 0.8 * drifts[0.0]
+    assert {"regularizer/orthonormal", "regularizer/orthonormal_weight", "regularizer/condition_number"} <= set(
+        logs[0.1][0]
+    )
+    assert logs[0.1][-1]["regularizer/condition_number"] < logs[0.0][-1]["regularizer/condition_number"]
+
+
+def test_where_it_could_not_act_training_does_not_begin(tmp_path):
+    plain = peft.get_peft_model(tiny_models.llama(), llmreg.PissaConfig(r=4, target_modules=["q_proj"]))
+    with pytest.raises(UnsupportedError, match="found no adapter"):
+        run(plain, tmp_path / "a")
+    frozen = sorsa(weights=1e-3)
+    for name, parameter in frozen.named_parameters():
+        parameter.requires_grad_("lora_S" in name)
+    with pytest.raises(UnsupportedError, match="no factor of adapter 'default' is trainable"):
+        run(frozen, tmp_path / "b")
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_trl_s_own_trainers_take_it_as_they_are(tmp_path, kind):
+    config = SorsaConfig(r=4, target_modules=trl_runs.TARGETS)
+    model = str(trl_runs.checkpoint(tmp_path / "base"))
+    trainer = getattr(trl_runs, kind)(model, tmp_path / "run", config, max_steps=2)
+    with pytest.raises(UnsupportedError, match="RegularizerCallback"):
+        trainer.train()
+    trainer.add_callback(RegularizerCallback())
+    trainer.train()
+    assert all("regularizer/orthonormal" in log for log in trainer.state.log_history if "loss" in log)
