@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from contract_cases import gradients
+from contract_cases import cells, gradients
 from tiny_models import logits
 
 
@@ -98,6 +98,7 @@ def test_a_model_compiled_before_it_is_wrapped_is_told_apart_by_its_layers(mlp_c
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("cell", cells("mlp", "llama", storages=("float32",)), ids=str)
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
-def test_inductor_gives_the_same_loss_and_gradients(float_cell):
-    check_compiled(float_cell, float_cell.moved(), backend="inductor", fullgraph=False)
+def test_inductor_gives_the_same_loss_and_gradients(cell):
+    check_compiled(cell, cell.moved(), backend="inductor", fullgraph=False)
