@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
+import tiny_models
 import torch
 from contract_cases import cells, gradients
 from tiny_models import logits
@@ -38,8 +39,10 @@ def test_an_mlp_compiles_to_one_graph(mlp_cell):
     check_compiled(mlp_cell, mlp_cell.moved(), backend="aot_eager", fullgraph=True)
 
 
+@pytest.mark.slow
 def test_a_language_model_compiles(llama_cell):
-    check_compiled(llama_cell, llama_cell.moved(), backend="aot_eager", fullgraph=False)
+    model = llama_cell.moved(tiny_models.llama(layers=1))
+    check_compiled(llama_cell, model, backend="aot_eager", fullgraph=False)
 
 
 def test_a_fresh_adapter_compiles_to_the_compiled_base(mlp_cell):

@@ -6,6 +6,7 @@ import copy
 import enum
 import inspect
 import json
+import multiprocessing
 import os
 import pickle
 import re
@@ -17,7 +18,8 @@ import peft
 import pytest
 import tiny_models
 import torch
-from contract_cases import ALL_CASES, CASES
+import unpickling_worker
+from contract_cases import ALL_CASES, CASES, cells
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils.peft_types import PeftType
 
@@ -82,7 +84,7 @@ IMPORTS = {
     "forgotten before peft": f"import llmreg\n{FORGET}\nimport llmreg, peft",
     "forgotten and imported again": f"import peft, llmreg\nllmreg.{{config}}\n{FORGET}\nimport llmreg",
 }
-#: One process imports what is heavy and not ours; each (imports, case) then lives in a fork of it.
+#: One process imports what is heavy and not ours; what each of `IMPORTS` asks for is then done in a fork.
 FORKS = (
     LIFE
     + """
@@ -93,23 +95,30 @@ with contextlib.suppress(ImportError):
     import bitsandbytes
 assert not {"peft", "llmreg"} & set(sys.modules)
 torch.set_num_threads(1)
+cases = json.loads(sys.argv[2])
 results = {}
 for name, code in json.loads(sys.argv[1]).items():
-    for case in json.loads(sys.argv[2]):
-        read, write = os.pipe()
-        if os.fork() == 0:
+    read, write = os.pipe()
+    if os.fork() == 0:
+        lived = {}
+        try:
+            exec(code.format(config=cases[0][0]))
+        except BaseException:
+            lived = dict.fromkeys(map(str, cases), traceback.format_exc())
+        for case in cases if not lived else ():
             try:
-                exec(code.format(config=case[0]))
                 with tempfile.TemporaryDirectory() as folder:
-                    result = life(case, folder)[2]
+                    lived[str(case)] = life(case, folder)[2]
             except BaseException:
-                result = traceback.format_exc()
-            os.write(write, result[-4000:].encode())
-            os._exit(0)
-        os.close(write)
-        os.wait()
-        results[f"{name} {case}"] = os.read(read, 10000).decode()
+                lived[str(case)] = traceback.format_exc()
         os.close(read)
+        with os.fdopen(write, "w") as pipe:
+            json.dump(lived, pipe)
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        results[name] = json.load(pipe)
+    os.wait()
 print(json.dumps(results))
 """
 )
@@ -128,7 +137,7 @@ def lives():
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])
-    return lambda imports, case: results[f"{imports} {recipe(case)}"]
+    return lambda imports, case: results[imports][str(recipe(case))]
 
 
 def members():
@@ -282,53 +291,30 @@ def test_peft_finds_config_tuner_and_prefix_of_every_case(case):
 
 # -- other processes -----------------------------------------------------------------------------------------------
 
-WORKER = """
-import multiprocessing, pickle, sys, tempfile
-import torch
-torch.set_num_threads(1)
 
-def work(lives, queue):
-    assert "llmreg" not in sys.modules and "peft" not in sys.modules, "the worker knows them already"
-    for case, data in lives:
-        model, x, expected = pickle.loads(data)
-        import peft
-        assert torch.equal(model(x), expected)
-        config = model.peft_config["default"]
-        assert peft.PeftType(config.peft_type.value) is config.peft_type
-        assert type(config).__name__ == case[0]
-        model(x).sum().backward()
-        model.merge_adapter()
-        assert torch.allclose(model(x), expected, atol=1e-4)
-    queue.put(len(lives))
-
-if __name__ == "__main__":
-    exec(LIFE)
-    lives = []
-    for case in CASES:
-        with tempfile.TemporaryDirectory() as folder:
-            model, x, _ = life(case, folder)
-        lives.append((case, pickle.dumps((model, x, model(x).detach()))))
-    context = multiprocessing.get_context(sys.argv[1])
+def start_worker(start, lives):
+    context = multiprocessing.get_context(start)
     queue = context.Queue()
-    worker = context.Process(target=work, args=(lives, queue))
+    worker = context.Process(target=unpickling_worker.work, args=(lives, queue))
     worker.start()
-    worker.join(200)
-    print(queue.get(timeout=5))
-"""
+    try:
+        return queue.get(timeout=200)
+    finally:
+        worker.join(20)
 
 
 @pytest.mark.parametrize("start", ["spawn", pytest.param("forkserver", marks=pytest.mark.slow)])
-def test_a_worker_that_knows_neither_peft_nor_llmreg_unpickles_models_and_uses_them(start, run_python, tmp_path):
-    cases = [recipe(case) for case in CASES]
-    script = tmp_path / "worker_script.py"  # a worker imports the main file again, so it has to be a file
-    script.write_text(f"LIFE = {LIFE!r}\nCASES = {cases!r}\n{WORKER}")
-    run_file = "import os, sys; os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-    assert run_python(run_file, script, start) == str(len(cases))
+def test_a_worker_that_knows_neither_peft_nor_llmreg_unpickles_models_and_uses_them(start):
+    lives = []
+    for cell in cells("mlp", storages=("float32",)):
+        model, x = cell.moved(), cell.batch()
+        lives.append((cell.case.config_class, pickle.dumps((model, x, model(x).detach()))))
+    assert start_worker(start, lives) == len(CASES)
 
 
 @pytest.mark.slow
-def test_a_data_loader_s_workers_can_hold_a_model(mlp_cell):
-    """As a preprocessing step would: the dataset carries the wrapped model into spawned workers."""
+def test_the_spawned_workers_of_a_data_loader_can_hold_a_model(mlp_cell):
+    """As a preprocessing step would: the dataset carries the wrapped model."""
     model = mlp_cell.moved()
     data = Embedded(model, tiny_models.inputs(4))
     loader = torch.utils.data.DataLoader(data, batch_size=2, num_workers=1, multiprocessing_context="spawn")

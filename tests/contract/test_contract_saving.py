@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tiny_models import logits
 
 import llmreg
+from llmreg.errors import LlmregError
 
 
 def load(cell, folder, **settings):
@@ -202,7 +203,7 @@ def test_exports_of_one_rank_are_hotswapped(float_cell, tmp_path):
         outputs[name] = logits(model, batch)
         model.save_pretrained(tmp_path / name)
         if "export" in float_cell.case.refuses:
-            with pytest.raises(ValueError):
+            with pytest.raises(LlmregError):
                 llmreg.export_lora(tmp_path / name, tmp_path / f"{name}-lora")
             return
         llmreg.export_lora(tmp_path / name, tmp_path / f"{name}-lora", rank=2 * float_cell.case.r)
