@@ -1,0 +1,59 @@
+"""What the tests of the contract are given: a `Cell`, that is one adapter on one model in one storage."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+from contract_cases import CASES, cells
+
+
+@pytest.fixture(params=CASES, ids=str)
+def case(request):
+    """One adapter under contract."""
+    return request.param
+
+
+@pytest.fixture(params=cells(), ids=str)
+def cell(request):
+    """Every adapter on every model in every storage."""
+    return request.param
+
+
+@pytest.fixture(params=cells(storages=("float32",)), ids=str)
+def float_cell(request):
+    """Every adapter on every model, in fp32."""
+    return request.param
+
+
+@pytest.fixture(params=cells("mlp", storages=("float32",)), ids=str)
+def mlp_cell(request):
+    """Every adapter on the MLP, in fp32."""
+    return request.param
+
+
+@pytest.fixture(params=cells("llama", storages=("float32",)), ids=str)
+def llama_cell(request):
+    """Every adapter on the Llama, in fp32."""
+    return request.param
+
+
+@pytest.fixture(params=cells("bert", storages=("float32",)), ids=str)
+def bert_cell(request):
+    """Every adapter on the classifier, in fp32."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _no_notes_of_peft():
+    """PEFT notes rounding and its own switches as warnings; tests that are about a warning ask for it."""
+    with warnings.catch_warnings():
+        for note in (
+            "Merge .* module",
+            "Unmerge .* module",
+            "Adapter .* was active",
+            "Already unmerged",
+            "fan_in_fan_out is set",
+        ):
+            warnings.filterwarnings("ignore", message=note)
+        yield
