@@ -10,7 +10,7 @@ from typing import Any
 
 import peft
 from packaging.version import Version
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
 
@@ -39,6 +39,7 @@ def peft_type(name: str) -> PeftType:
     member._name_ = name
     member._value_ = name
     member._sort_order_ = len(PeftType._member_names_)
+    member.__objclass__ = PeftType
     # Looked up on the instance by pickle and copy; unpickling imports this module and so registers the member.
     member.__reduce_ex__ = lambda protocol: (peft_type, (name,))
     member.__deepcopy__ = lambda memo: member
@@ -46,6 +47,8 @@ def peft_type(name: str) -> PeftType:
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member
+    if hasattr(PeftType, "_hashable_values_"):  # Python >= 3.13 answers `"NAME" in PeftType` from this list
+        PeftType._hashable_values_.append(name)
     return member
 
 
@@ -54,6 +57,8 @@ ADDITIVE = peft_type("LLMREG_ADDITIVE")
 
 
 def register(config_cls: type, tuner_cls: type) -> None:
-    """Tell PEFT which config and tuner belong to `ADDITIVE`; does nothing the second time."""
-    if ADDITIVE not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    """Tell PEFT which config and tuner belong to `ADDITIVE`; those of a newer import of llmreg replace the older."""
+    if ADDITIVE in PEFT_TYPE_TO_CONFIG_MAPPING:
+        PEFT_TYPE_TO_CONFIG_MAPPING[ADDITIVE], PEFT_TYPE_TO_TUNER_MAPPING[ADDITIVE] = config_cls, tuner_cls
+    else:
         register_peft_method(name=ADDITIVE.value.lower(), config_cls=config_cls, model_cls=tuner_cls, prefix="lora_")

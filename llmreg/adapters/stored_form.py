@@ -75,7 +75,8 @@ def from_stored(
             continue
         up = stored.get(_sibling(key, "lora_B"))
         if form is Spectral and up is not None:
-            live[_sibling(key, "lora_S")] = _values(key, stored[key], up, present or {})
+            parts = _spectral(key, stored[key], up, present or {})
+            live.update({_sibling(key, name): value for name, value in parts.items()})
             continue
         if up is None or stored[key].shape[0] % 2:
             raise AdapterFileError(f"{key!r} is not half of a difference form (a pair of factors of even rank).")
@@ -92,10 +93,17 @@ def _split(down: Tensor, up: Tensor, form: type[Form]) -> dict[str, Tensor]:
     return {"lora_A": A, "lora_B": P / S0, "lora_S": S0, "lora_A0": A0, "lora_B0": P0 / S0, "lora_S0": S0.clone()}
 
 
-def _values(key: str, down: Tensor, up: Tensor, present: dict[str, Tensor]) -> Tensor:
-    """`S` of a layer whose `up` is `B0 diag(S)`; its `down` must be the live adapter's own vectors."""
+def _spectral(key: str, down: Tensor, up: Tensor, present: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The factors of a layer whose `up` is `B0 diag(S)`: `S` alone where the live adapter has the vectors already."""
     A0, B0 = (present.get(_sibling(key, name)) for name in ("lora_A0", "lora_B0"))
-    if A0 is None or B0 is None or A0.shape != down.shape or not torch.equal(A0.to(down), down):
+    if A0 is None or B0 is None or A0.is_meta:  # no start to go by: columns of length 1, the start's values unknown
+        S = up.float().norm(dim=0)
+        if not S.all():
+            raise AdapterFileError(
+                f"{key!r} does not tell the vectors of values that have not changed; load the folder with its sidecar."
+            )
+        return {"lora_S": S, "lora_A0": down, "lora_B0": up / S, "lora_S0": torch.zeros_like(S)}
+    if A0.shape != down.shape or not torch.equal(A0.to(down), down):
         raise AdapterFileError(f"{key!r} does not hold the singular vectors of the adapter that it is loaded into.")
     B0 = B0.to(up)
-    return (B0 * up).sum(dim=0) / (B0 * B0).sum(dim=0)
+    return {"lora_S": (B0 * up).sum(dim=0) / (B0 * B0).sum(dim=0)}

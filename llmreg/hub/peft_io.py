@@ -40,22 +40,23 @@ from .sidecar import FACTORS_NAME, SIDECAR_NAME, BaseRecord, Sidecar, read_sidec
 __all__ = ["base_record", "find_sidecar", "install"]
 
 logger = logging.getLogger("llmreg")
-_ORIGINAL = {name: getattr(PeftModel, name) for name in ("save_pretrained", "load_adapter", "add_adapter")} | {
-    "from_pretrained": PeftModel.__dict__["from_pretrained"].__func__
-}
+# PEFT's own, also for a module that is imported a second time: it wraps them, and not its forerunner's wrappers.
+_ORIGINAL = PeftModel.__dict__.get("_llmreg_original") or {
+    name: getattr(PeftModel, name) for name in ("save_pretrained", "load_adapter", "add_adapter")
+} | {"from_pretrained": PeftModel.__dict__["from_pretrained"].__func__}
 _HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
 
 
 def install() -> None:
     """Wrap the four methods (idempotent)."""
     check_peft_version()
-    if getattr(PeftModel, "_llmreg_installed", False):
+    if getattr(PeftModel, "_llmreg_installed", None) is install:
         return
     PeftModel.save_pretrained = functools.wraps(_ORIGINAL["save_pretrained"])(save_pretrained)
     PeftModel.load_adapter = functools.wraps(_ORIGINAL["load_adapter"])(load_adapter)
     PeftModel.add_adapter = functools.wraps(_ORIGINAL["add_adapter"])(add_adapter)
     PeftModel.from_pretrained = classmethod(functools.wraps(_ORIGINAL["from_pretrained"])(from_pretrained))
-    PeftModel._llmreg_installed = True
+    PeftModel._llmreg_installed, PeftModel._llmreg_original = install, _ORIGINAL
 
 
 # -- saving -----------------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ class Case:
         noise: of what moves the trained parameters, large enough to change the logits by more than 1e-3.
         lr: of plain SGD; a few steps must lower the loss.
         refuses: of `FEATURES`.
+        always_float32: what trains is float32 whatever the base is.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Case:
     noise: float = 0.05
     lr: float = 0.05
     refuses: frozenset[str] = frozenset()
+    always_float32: bool = False
 
     def __post_init__(self) -> None:
         assert self.refuses <= FEATURES, self.refuses
@@ -76,7 +78,7 @@ class Case:
 ALL_CASES = (
     Case("pissa", "PissaConfig"),
     Case("sorsa", "SorsaConfig", settings={"weights": None}),
-    Case("svfit", "SvfitConfig", noise=0.5, lr=0.5),
+    Case("svfit", "SvfitConfig", noise=0.5, lr=0.5, always_float32=True),
     Case("bone", "BoneConfig", settings={"variant": "bone"}, family="bone"),
     Case("bat", "BoneConfig", settings={"variant": "bat"}, family="bone", refuses=frozenset({"plain peft", "export"})),
     Case("mini", "BoneConfig", settings={"variant": "mini", "mini_r": 4}, family="bone"),
