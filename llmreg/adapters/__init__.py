@@ -5,9 +5,10 @@ import peft as _peft  # noqa: F401, first: llmreg registers itself when PEFT has
 from .config import AdditiveConfig
 from .layer import AdditiveLayer
 from .model import AdditiveModel
-from .registry import ADDITIVE, register
+from .registry import ADDITIVE, SVFIT_TINY, register
 from .svd_configs import PissaConfig, SorsaConfig, SvfitConfig
 
-register(AdditiveConfig, AdditiveModel)
+for _kind in (ADDITIVE, SVFIT_TINY):
+    register(_kind, AdditiveConfig, AdditiveModel)
 
 __all__ = ["ADDITIVE", "AdditiveConfig", "AdditiveLayer", "AdditiveModel", "PissaConfig", "SorsaConfig", "SvfitConfig"]

@@ -155,6 +155,10 @@ class AdditiveConfig(LoraConfig):
         """The start for weight `W` `(..., out, in)`, of `rank` unless `chooses_rank`; see the method's initialiser."""
         raise NotImplementedError
 
+    def saved_config(self) -> LoraConfig:
+        """What `adapter_config.json` of a saved adapter holds: a plain LoRA's, unless it must not be taken for one."""
+        return self.to_lora_config()
+
     def to_lora_config(self) -> LoraConfig:
         """The plain `LoraConfig` that describes the saved form: rank 2r for a difference, the same scaling.
 

@@ -93,8 +93,8 @@ class AdditiveLayer:
         for name in form.containers():
             factor = getattr(self, name)[adapter_name]
             if not factor.weight.is_meta:  # with low_cpu_mem_usage the loaded tensors take the parameters' place
-                dtype = _dtype_of(exact, name) if exact else form.dtype(base, name)
-                factor.to(device or base.weight.device, dtype)
+                dtype = exact and _dtype_of(exact, name)
+                factor.to(device or base.weight.device, dtype or form.dtype(base, name))
 
     def delete_adapter(self: Any, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)  # type: ignore[misc]
@@ -187,10 +187,10 @@ for (
     setattr(AdditiveLayer, _name, _refuse_other_start(_name))
 
 
-def _dtype_of(tensors: dict[str, Tensor], container: str) -> torch.dtype:
-    """The dtype that holds a container's tensors of all layers exactly."""
+def _dtype_of(tensors: dict[str, Tensor], container: str) -> torch.dtype | None:
+    """The dtype that holds a container's tensors of all layers exactly; None if there are none."""
     dtypes = {value.dtype for key, value in tensors.items() if f".{container}." in key}
-    return functools.reduce(torch.promote_types, dtypes)
+    return functools.reduce(torch.promote_types, dtypes) if dtypes else None
 
 
 def _copy_storage(base: nn.Module) -> tuple[Any, Any]:

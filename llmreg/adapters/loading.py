@@ -8,10 +8,11 @@ from contextvars import ContextVar
 
 from torch import Tensor
 
-__all__ = ["exact_factors", "saved_factors", "starts", "without_start"]
+__all__ = ["checking_start", "exact_factors", "expected_start", "saved_factors", "starts", "without_start"]
 
 _WITHOUT_START: ContextVar[bool] = ContextVar("llmreg_without_start", default=False)
 _SAVED_FACTORS: ContextVar[dict[str, Tensor] | None] = ContextVar("llmreg_saved_factors", default=None)
+_EXPECTED_START: ContextVar[dict[str, Tensor] | None] = ContextVar("llmreg_expected_start", default=None)
 
 
 @contextmanager
@@ -43,3 +44,18 @@ def saved_factors(factors: dict[str, Tensor] | None) -> Iterator[None]:
 def exact_factors() -> dict[str, Tensor] | None:
     """The factors of the surrounding `saved_factors`, if any."""
     return _SAVED_FACTORS.get()
+
+
+@contextmanager
+def checking_start(checks: dict[str, Tensor]) -> Iterator[None]:
+    """An adapter injected in this context is refused unless its start passes these checks (`tiny`)."""
+    token = _EXPECTED_START.set(checks)
+    try:
+        yield
+    finally:
+        _EXPECTED_START.reset(token)
+
+
+def expected_start() -> dict[str, Tensor] | None:
+    """The checks of the surrounding `checking_start`, if any."""
+    return _EXPECTED_START.get()

@@ -24,10 +24,11 @@ from ..weights import gathered, storage_of
 from .config import AdditiveConfig, base_change
 from .forms import CONTAINERS, FORMS
 from .layer import AdditiveLayer, additive_class, downgrade, upgrade
-from .loading import exact_factors, starts
+from .loading import exact_factors, expected_start, starts
 from .rollback import unchanged_on_error
 from .start import start_factors
 from .stored_form import from_stored, to_stored
+from .tiny import check_vectors, is_tiny
 
 __all__ = ["AdditiveModel", "adopt", "is_additive", "live_factors", "release"]
 
@@ -47,6 +48,9 @@ class AdditiveModel(LoraModel):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
                 if isinstance(config, AdditiveConfig) and starts():
                     start_factors(model, adapter_name, config, self.peft_config)
+                    expected = expected_start()
+                    if expected is not None:
+                        check_vectors(model, adapter_name, expected)
         except BaseException:
             self.peft_config.pop(adapter_name)
             if self.peft_config and not any(map(is_additive, self.peft_config.values())):
@@ -135,7 +139,7 @@ class AdditiveModel(LoraModel):
     ) -> dict[str, Tensor]:
         """The difference form under plain LoRA's names: rank 2r, loadable by plain PEFT."""
         live = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return to_stored(live) if isinstance(config, AdditiveConfig) else live
+        return to_stored(live, tiny=is_tiny(config)) if isinstance(config, AdditiveConfig) else live
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -144,7 +148,7 @@ class AdditiveModel(LoraModel):
         """Stored names and form -> this model's parameters."""
         if isinstance(config, AdditiveConfig):
             exact = exact_factors()
-            present = live_factors(model, adapter_name) if exact is None else None
+            present = live_factors(model, adapter_name) if exact is None or is_tiny(config) else None
             state_dict = from_stored(state_dict, exact, FORMS[config.FORM], present)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 

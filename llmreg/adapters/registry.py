@@ -1,7 +1,7 @@
-"""llmreg's place in PEFT's registry: one `PeftType` member, one config class, one tuner.
+"""llmreg's place in PEFT's registry: its `PeftType` members, their config class and tuner.
 
-PEFT has no public way to add a peft type from outside; the enum member is made here and nowhere else.
-It pickles by a function of this module, so that a worker process that unpickles a model imports llmreg first.
+PEFT has no public way to add a peft type from outside; the enum members are made here and nowhere else.
+They pickle by a function of this module, so that a worker process that unpickles a model imports llmreg first.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from peft.utils.peft_types import PeftType
 
 from ..errors import LlmregError
 
-__all__ = ["ADDITIVE", "check_peft_version", "peft_type", "register"]
+__all__ = ["ADDITIVE", "SVFIT_TINY", "check_peft_version", "peft_type", "register"]
 
 _SUPPORTED = (Version("0.21"), Version("0.22"))
 
@@ -54,11 +54,13 @@ def peft_type(name: str) -> PeftType:
 
 check_peft_version()
 ADDITIVE = peft_type("LLMREG_ADDITIVE")
+#: What SVFit's tiny form is saved as, so that plain PEFT refuses it; a live adapter is `ADDITIVE`.
+SVFIT_TINY = peft_type("LLMREG_SVFIT_TINY")
 
 
-def register(config_cls: type, tuner_cls: type) -> None:
-    """Tell PEFT which config and tuner belong to `ADDITIVE`; those of a newer import of llmreg replace the older."""
-    if ADDITIVE in PEFT_TYPE_TO_CONFIG_MAPPING:
-        PEFT_TYPE_TO_CONFIG_MAPPING[ADDITIVE], PEFT_TYPE_TO_TUNER_MAPPING[ADDITIVE] = config_cls, tuner_cls
+def register(kind: PeftType, config_cls: type, tuner_cls: type) -> None:
+    """Tell PEFT which config and tuner belong to `kind`; those of a newer import of llmreg replace the older."""
+    if kind in PEFT_TYPE_TO_CONFIG_MAPPING:
+        PEFT_TYPE_TO_CONFIG_MAPPING[kind], PEFT_TYPE_TO_TUNER_MAPPING[kind] = config_cls, tuner_cls
     else:
-        register_peft_method(name=ADDITIVE.value.lower(), config_cls=config_cls, model_cls=tuner_cls, prefix="lora_")
+        register_peft_method(name=kind.value.lower(), config_cls=config_cls, model_cls=tuner_cls, prefix="lora_")

@@ -2,6 +2,7 @@
 
 live    <layer>.lora_A[.adapter].weight and what else its form has (`forms`)      rank r
 stored  <layer>.lora_A.weight = down   <layer>.lora_B.weight = up                 rank 2r, or r for `Spectral`
+tiny    <layer>.lora_S.weight                                                     `Spectral` only, vectors recomputed
 """
 
 from __future__ import annotations
@@ -26,12 +27,15 @@ def _is_factor(key: str) -> bool:
     return any(f".{container}." in key for container in CONTAINERS)
 
 
-def to_stored(live: dict[str, Tensor]) -> dict[str, Tensor]:
+def to_stored(live: dict[str, Tensor], *, tiny: bool = False) -> dict[str, Tensor]:
     """Live tensors (adapter name in the key or not) -> the same keys for `lora_A`, `lora_B` of a plain LoRA.
 
-    A frozen start follows the dtype of the factors, as in the forward pass. Other entries pass through.
+    A frozen start follows the dtype of the factors, as in the forward pass. Other entries pass through. `tiny` keeps
+    the values `lora_S` alone.
     """
     stored = {key: value for key, value in live.items() if not _is_factor(key)}
+    if tiny:
+        return stored | {key: value for key, value in live.items() if ".lora_S." in key}
     for key in (key for key in live if ".lora_A0." in key):
         keys = {container: _sibling(key, container) for container in CONTAINERS}
         factors = {container: live[name].detach() for container, name in keys.items() if name in live}
@@ -65,6 +69,11 @@ def from_stored(
         AdapterFileError: a factor is missing, or without `exact` the stored form does not tell the factors.
     """
     live = {key: value for key, value in stored.items() if not _is_factor(key)}
+    for key in (key for key in stored if ".lora_S." in key):  # tiny: the vectors are those that the adapter has
+        head, _, tail = key.rpartition(".lora_S.")
+        vectors = {f"{head}.{name}.{tail}" for name in form.frozen} & (present or {}).keys()
+        live.update({name: present[name].detach().clone() for name in vectors} if present else {})
+        live[key] = stored[key] if exact is None else exact[key]
     for key in (key for key in stored if ".lora_A." in key):
         if exact is not None:
             keys = [_sibling(key, container) for container in form.containers()]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
+from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
 from ..errors import UnsupportedError
 from ..initializers import Factors, pissa, rank_of_energy, singular_components, sliced_components
 from .config import AdditiveConfig
+from .registry import SVFIT_TINY
 
 __all__ = ["PissaConfig", "SorsaConfig", "SvfitConfig"]
 
@@ -167,6 +170,13 @@ class SvfitConfig(_DecomposedConfig):
             raise UnsupportedError(f"energy is a share in (0, 1], for example 0.99, got {self.energy!r}.")
         if self.r is not None and self.r != 1 and not self.rank_pattern:
             raise UnsupportedError(f"energy={self.energy} chooses each layer's rank; leave r={self.r} out.")
+
+    def saved_config(self) -> LoraConfig:
+        if self.storage == "lora":
+            return super().saved_config()
+        config = copy.copy(self)
+        config.peft_type = SVFIT_TINY
+        return config
 
     def chooses_rank(self, layer: str) -> bool:
         return self.energy is not None and layer not in (self.rank_pattern or {})

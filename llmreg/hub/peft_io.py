@@ -15,7 +15,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,10 @@ from peft.utils.peft_types import PeftType
 from safetensors import safe_open
 
 from ..adapters.config import AdditiveConfig
-from ..adapters.loading import exact_factors, saved_factors, without_start
+from ..adapters.loading import checking_start, exact_factors, saved_factors, without_start
 from ..adapters.model import adopt, live_factors
 from ..adapters.registry import ADDITIVE, check_peft_version
+from ..adapters.tiny import check_vectors, is_tiny, vector_checks
 from ..errors import AdapterFileError, UnsupportedError, WeightError
 from ..files import commit_folder, staged_folder, write_json
 from ..weights import bytes_hash, identity_hash, is_sharded, storage_of
@@ -111,8 +112,7 @@ def _finish(model: PeftModel, name: str, folder: Path, state_dict: dict[str, Any
     """Give a folder that PEFT has written its plain LoRA config and its sidecar."""
     config = model.peft_config[name]
     written = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    lora = config.to_lora_config()
-    lora.save_pretrained(str(folder))
+    config.saved_config().save_pretrained(str(folder))
     plain = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     plain.update({key: written[key] for key in ("auto_mapping", "base_model_name_or_path", "inference_mode")})
     plain = {
@@ -121,7 +121,12 @@ def _finish(model: PeftModel, name: str, folder: Path, state_dict: dict[str, Any
     }
     write_json(folder / CONFIG_NAME, plain)
     factors = live_factors(model, name, state_dict)
-    write_sidecar(folder, config, factors, base_record(model, [key.split(".lora_")[0] for key in factors]))
+    base = base_record(model, [key.split(".lora_")[0] for key in factors])
+    if is_tiny(config):
+        if base.stored_bytes is None:
+            raise UnsupportedError("storage='tiny' needs a base whose bytes can be hashed; set storage='lora'.")
+        factors = {key: value for key, value in factors.items() if ".lora_S." in key} | vector_checks(model, name)
+    write_sidecar(folder, config, factors, base)
 
 
 def base_record(model: PeftModel, layers: list[str]) -> BaseRecord:
@@ -222,15 +227,24 @@ def from_pretrained(cls: type[PeftModel], model: Any, model_id: Any, *args: Any,
     call = inspect.signature(original).bind(cls, model, model_id, *args, **kwargs)
     call.apply_defaults()
     sidecar = find_sidecar(model_id, **_hub_arguments(call.arguments["kwargs"]))
-    if sidecar is None or call.arguments["config"] is not None:
+    if sidecar is None or not (call.arguments["config"] is None or is_tiny(call.arguments["config"])):
         return original(*call.args, **call.kwargs)
     config = sidecar.adapter_config()
     factors = sidecar.load_factors()
     _check_base(sidecar, model, factors)
     _check_whole_modules(sidecar, model)
     call.arguments["config"] = config
-    with without_start(), saved_factors(factors):
+    with _mounting(config, factors), saved_factors(factors):
+        if is_tiny(config):
+            call.arguments["low_cpu_mem_usage"] = False  # the vectors are computed, not loaded
         return original(*call.args, **call.kwargs)
+
+
+def _mounting(config: AdditiveConfig, factors: dict[str, Any]) -> AbstractContextManager:
+    """What an adapter is injected in, whose factors are then loaded: unset, or tiny, with vectors that are checked."""
+    if not is_tiny(config):
+        return without_start()
+    return checking_start({key: value for key, value in factors.items() if ".lora_S." not in key})
 
 
 def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
@@ -258,6 +272,8 @@ def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, 
         _check_same_adapter(live, sidecar)
         _check_base(sidecar, self, factors)
         _check_same_layers(self, adapter_name, sidecar, factors)
+        if is_tiny(live):
+            check_vectors(self, adapter_name, {key: part for key, part in factors.items() if ".lora_S." not in key})
         call.arguments["autocast_adapter_dtype"] = False  # PEFT would turn what trains in bf16 into fp32
     with saved_factors(factors):
         return original(*call.args, **call.kwargs)
@@ -269,11 +285,11 @@ def _mount(model: PeftModel, sidecar: Sidecar, factors: dict[str, Any], given: d
     _check_base(sidecar, model, factors)
     config.inference_mode = not given["is_trainable"]
     model._check_new_adapter_config(config, is_trainable=given["is_trainable"])
-    with without_start():
+    with _mounting(config, factors):
         model.add_adapter(
             given["adapter_name"],
             config,
-            low_cpu_mem_usage=given["low_cpu_mem_usage"],
+            low_cpu_mem_usage=given["low_cpu_mem_usage"] and not is_tiny(config),
             autocast_adapter_dtype=given["autocast_adapter_dtype"],
         )
     if given["is_trainable"]:
@@ -292,22 +308,30 @@ def _check_same_adapter(live: AdditiveConfig, sidecar: Sidecar) -> None:
 
 
 def _check_same_layers(model: PeftModel, adapter_name: str, sidecar: Sidecar, factors: dict[str, Any]) -> None:
-    other = sorted(live_factors(model, adapter_name).keys() ^ factors.keys())
+    other = sorted(_layer_names(live_factors(model, adapter_name)) ^ _layer_names(factors))
     if other:
         raise AdapterFileError(
-            f"{sidecar.folder} and the adapter to resume do not have the same layers: "
-            f"{other[0].split('.lora_')[0]!r} is in one of them only; set target_modules as in the saved adapter."
+            f"{sidecar.folder} and the adapter to resume do not have the same layers: {other[0]!r} is in one of them "
+            "only; set target_modules as in the saved adapter."
         )
+
+
+def _layer_names(factors: dict[str, Any]) -> set[str]:
+    return {key.split(".lora_")[0] for key in factors if ".lora_" in key}
 
 
 def _check_base(sidecar: Sidecar, model: Any, factors: dict[str, Any]) -> None:
     """Refuse another base before anything is touched; log a note where the storage differs."""
-    layers = [key.split(".lora_")[0] for key in factors]
+    layers = sorted(_layer_names(factors))
+    tiny = sidecar.config.get("storage") == "tiny"
     if isinstance(model, PeftModel):
         base = base_record(model, layers)
     else:
-        base = _bare_record(model, [name.removeprefix("base_model.model.") for name in layers], sidecar.base.source)
+        bare = [name.removeprefix("base_model.model.") for name in layers]
+        base = _bare_record(model, bare, sidecar.base.source, hashed=tiny)
     note = sidecar.check_base(base)
+    if tiny:
+        sidecar.check_same_bytes(base)
     if note:
         logger.info("%s: %s", sidecar.folder, note)
 
@@ -326,11 +350,11 @@ def _check_whole_modules(sidecar: Sidecar, model: Any) -> None:
         )
 
 
-def _bare_record(model: Any, layers: list[str], source: str | None) -> BaseRecord:
-    """The record of a model that PEFT has not wrapped; its bytes are hashed only where its `source` is another."""
+def _bare_record(model: Any, layers: list[str], source: str | None, *, hashed: bool) -> BaseRecord:
+    """The record of a model that PEFT has not wrapped; its bytes `hashed` also where its `source` is another."""
     storage = _storage_name(_layers(model, layers).values())
     identity = identity_hash(model)
-    stored_bytes = bytes_hash(model, layers) if source and identity.source != source else None
+    stored_bytes = bytes_hash(model, layers) if hashed or (source and identity.source != source) else None
     return BaseRecord(identity.digest, identity.source, identity.name, identity.revision, stored_bytes, storage)
 
 

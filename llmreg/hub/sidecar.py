@@ -89,17 +89,17 @@ class Sidecar:
     def _check_plain_config(self, config: AdditiveConfig) -> None:
         """Refuse a folder whose two configs scale the update differently: one of them was edited."""
         path = self.folder / CONFIG_NAME
+        saved = config.saved_config()
         try:
             plain = json.loads(path.read_text(encoding="utf-8"))
             found = {name: plain[name] for name in _SCALING_FIELDS}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise AdapterFileError(f"{path} is missing or damaged ({error}); copy the adapter again.") from error
-        lora = config.to_lora_config()
         for name, value in found.items():
-            if value != getattr(lora, name):
+            if value != getattr(saved, name):
                 raise AdapterFileError(
-                    f"{path} has {name}={value!r}, but {SIDECAR_NAME} describes {name}={getattr(lora, name)!r}: it was "
-                    f"changed after it was saved; restore it, or remove {SIDECAR_NAME} to load it as a plain LoRA."
+                    f"{path} has {name}={value!r}, but {SIDECAR_NAME} describes {name}={getattr(saved, name)!r}: it "
+                    f"was changed after it was saved; restore it, or remove {SIDECAR_NAME} to load it as a plain LoRA."
                 )
 
     def load_factors(self) -> dict[str, Tensor]:
@@ -121,6 +121,19 @@ class Sidecar:
                     "damaged or was changed; copy the adapter again."
                 )
         return _read_tensors(self.folder / FACTORS_NAME)
+
+    def check_same_bytes(self, base: BaseRecord) -> None:
+        """Refuse a base whose targeted layers are not stored as the same bytes.
+
+        Raises:
+            BaseMismatchError: they differ, or one of the two could not be hashed.
+        """
+        if self.base.stored_bytes is None or self.base.stored_bytes != base.stored_bytes:
+            raise BaseMismatchError(
+                f"The adapter in {self.folder.name!r} keeps its values alone and needs the very base it was trained "
+                f"on, stored as {self.base.storage}; these layers are stored otherwise ({base.storage}). Load that "
+                "base, or save the adapter with storage='lora' where it was trained."
+            )
 
     def check_base(self, base: BaseRecord) -> str | None:
         """Refuse another base; return a note where the same base is stored differently, else None.
