@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING, Any
 from ._after_peft import after_peft as _after_peft
 
 if TYPE_CHECKING:
-    from .adapters import AdditiveConfig, PissaConfig
+    from .adapters import AdditiveConfig, BoneConfig, PissaConfig
     from .hub.export import export_lora
     from .hub.merge import merge
     from .hub.push import push
 
 __version__ = "0.1.0"
-__all__ = ["AdditiveConfig", "PissaConfig", "__version__", "export_lora", "linalg", "merge", "push"]
+__all__ = ["AdditiveConfig", "BoneConfig", "PissaConfig", "__version__", "export_lora", "linalg", "merge", "push"]
 
 #: Where each name lives; imported when it is asked for.
 _LATER = {
     "AdditiveConfig": "adapters",
+    "BoneConfig": "adapters",
     "PissaConfig": "adapters",
     "export_lora": "hub.export",
     "merge": "hub.merge",

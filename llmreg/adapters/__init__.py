@@ -1,12 +1,26 @@
-"""PEFT configs, layers and the tuner of the additive methods; importing registers them with PEFT."""
+"""PEFT configs, layers and tuners of the additive methods and of Bone; importing registers them with PEFT."""
 
 import peft as _peft  # noqa: F401, first: llmreg registers itself when PEFT has been imported
 
+from .bone_config import BoneConfig
+from .bone_layer import BoneLayer
+from .bone_model import BoneModel
 from .config import AdditiveConfig, PissaConfig
 from .layer import AdditiveLayer
 from .model import AdditiveModel
-from .registry import ADDITIVE, register
+from .registry import ADDITIVE, BONE, register, register_bone
 
 register(AdditiveConfig, AdditiveModel)
+register_bone(BoneConfig, BoneModel)
 
-__all__ = ["ADDITIVE", "AdditiveConfig", "AdditiveLayer", "AdditiveModel", "PissaConfig"]
+__all__ = [
+    "ADDITIVE",
+    "BONE",
+    "AdditiveConfig",
+    "AdditiveLayer",
+    "AdditiveModel",
+    "BoneConfig",
+    "BoneLayer",
+    "BoneModel",
+    "PissaConfig",
+]

@@ -16,7 +16,7 @@ from peft.utils.peft_types import PeftType
 
 from ..errors import LlmregError
 
-__all__ = ["ADDITIVE", "check_peft_version", "peft_type", "register"]
+__all__ = ["ADDITIVE", "BONE", "check_peft_version", "peft_type", "register", "register_bone"]
 
 _SUPPORTED = (Version("0.21"), Version("0.22"))
 
@@ -50,6 +50,7 @@ def peft_type(name: str) -> PeftType:
 
 
 check_peft_version()
+BONE = peft_type("BONE")  # PEFT had it up to 0.18, and dropped it with everything that was saved under it
 ADDITIVE = peft_type("LLMREG_ADDITIVE")
 
 
@@ -57,3 +58,9 @@ def register(config_cls: type, tuner_cls: type) -> None:
     """Tell PEFT which config and tuner belong to `ADDITIVE`; does nothing the second time."""
     if ADDITIVE not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name=ADDITIVE.value.lower(), config_cls=config_cls, model_cls=tuner_cls, prefix="lora_")
+
+
+def register_bone(config_cls: type, tuner_cls: type) -> None:
+    """Tell PEFT which config and tuner belong to `BONE`; does nothing the second time."""
+    if BONE not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        register_peft_method(name="bone", config_cls=config_cls, model_cls=tuner_cls, prefix="bone_")
