@@ -55,7 +55,7 @@ class BoneConfig(PeftConfig):
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "modules that are trained whole"})
     bias: Literal["none"] = field(default="none", metadata={"help": "none: the base's biases belong to the base"})
     exact_unmerge: bool = field(default=False, metadata={"help": "keep merged layers' weights to unmerge bit-exactly"})
-    init_weights: InitVar[bool | str | None] = None
+    init_weights: InitVar[bool | str | None] = None  # no field: to_dict and the stored config do not have it
 
     METHOD: ClassVar[str] = "bone"
 
@@ -64,7 +64,7 @@ class BoneConfig(PeftConfig):
         """Name in `llmreg methods`."""
         return self.METHOD
 
-    def __post_init__(self, init_weights: bool | str | None = None) -> None:
+    def __post_init__(self, init_weights: bool | str | None) -> None:
         super().__post_init__()
         self.peft_type = BONE
         if init_weights in VARIANTS:

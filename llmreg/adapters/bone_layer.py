@@ -78,6 +78,9 @@ class BoneLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("bone_block",)
     other_param_names = ("bone_variant", "bone_r", "bone_dropout")
+    # PEFT's, which nn.Module's __getattr__ hides from the type checker.
+    get_base_layer: Any
+    active_adapters: Any
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: BoneConfig, name: str) -> None:
         super().__init__()
@@ -110,9 +113,10 @@ class BoneLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
         """As in PEFT; but an adapter that is being loaded keeps the dtype it was saved in, to stay bit-exact."""
-        exact, block = exact_factors(), self.bone_block[adapter_name]
+        block: Any = self.bone_block[adapter_name]
+        exact = exact_factors()
         if not exact or block.weight.is_meta:
-            super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+            BaseTunerLayer._move_adapter_to_device_of_base_layer(self, adapter_name, device)
             return
         dtypes = {value.dtype for key, value in exact.items() if key.endswith((".bone_block", ".miss_block"))}
         device = device or self.get_base_layer().weight.device
@@ -193,7 +197,7 @@ class BoneLayer(nn.Module, BaseTunerLayer):
                 f"adapter_names must name an adapter for each row of the batch; got {len(adapter_names)} for {len(x)}."
             )
         if self.merged:
-            raise UnsupportedError("adapter_names cannot be used while adapters are merged; call unmerge_adapter first.")
+            raise UnsupportedError("adapter_names cannot be used beside merged adapters; call unmerge_adapter first.")
         result = self.base_layer(x, *args, **kwargs)
         for name in dict.fromkeys(adapter_names):
             if name in self.bone_block:

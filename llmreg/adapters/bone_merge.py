@@ -88,12 +88,12 @@ def store(base: Any, W: Tensor, name: str) -> None:
     Raises:
         WeightError: values that its dtype cannot hold; the layer is then as it was.
     """
-    parameter = requantize(base, W, name=name)
+    parameter: Any = requantize(base, W, name=name)
     if parameter.dtype.is_floating_point and not hasattr(parameter, "quant_state"):
         if not bool(parameter.isfinite().all()):
             raise WeightError(
-                f"Layer {name!r} cannot be merged: values of the merged weight do not fit {parameter.dtype}, or are not "
-                "finite; lower the adapter's learning rate, or load the base in a wider dtype."
+                f"Layer {name!r} cannot be merged: values of the merged weight do not fit {parameter.dtype}, or are "
+                "not finite; lower the adapter's learning rate, or load the base in a wider dtype."
             )
         base.weight.data = parameter.data  # the parameter object stays: ties and optimizers may refer to it
         return

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedError
 from ..weights import gathered, storage_of
-from .bone_config import BoneConfig
 from .bone_layer import BoneLayer
 from .rollback import unchanged_on_error
 from .tuner_calls import TunerCalls
@@ -140,7 +139,7 @@ def bone_layers(model: nn.Module, adapter_name: str) -> dict[str, BoneLayer]:
 
 
 def stored_type(model: nn.Module, adapter_name: str) -> str:
-    """"MISS" where plain PEFT computes the same function from the saved adapter, else "BONE", which it refuses.
+    """ "MISS" where plain PEFT computes the same function from the saved adapter, else "BONE", which it refuses.
 
     PEFT's MiSS knows no Conv1D; and its `bat` replaces the base layer's own computation by a plain product.
     """
