@@ -80,6 +80,7 @@ class BoneLayer(nn.Module, BaseTunerLayer):
     other_param_names = ("bone_variant", "bone_r", "bone_dropout")
     # PEFT's, which nn.Module's __getattr__ hides from the type checker.
     get_base_layer: Any
+    set_adapter: Any
     active_adapters: Any
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: BoneConfig, name: str) -> None:
@@ -124,7 +125,8 @@ class BoneLayer(nn.Module, BaseTunerLayer):
 
     def block(self, adapter_name: str) -> Tensor:
         """`D` or `B` of an adapter."""
-        return self.bone_block[adapter_name].weight  # type: ignore[return-value]
+        module: Any = self.bone_block[adapter_name]
+        return module.weight
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -185,7 +187,7 @@ class BoneLayer(nn.Module, BaseTunerLayer):
     def _read(self, dtype: torch.dtype) -> Tensor:
         """The base weight `(out, in)`, however it is stored; to be read only."""
         base: Any = self.get_base_layer()
-        if type(base) is nn.Linear and type(base.weight) is nn.Parameter and not hasattr(base.weight, "ds_id"):
+        if type(base) is nn.Linear and not is_sharded(base) and base.weight.is_floating_point():
             return base.weight.detach().to(dtype)
         with gathered([base]):
             return read_weight(base, name=self.layer_name, dtype=dtype)

@@ -15,6 +15,7 @@ from ..hub import read_sidecar
 from ..hub.card import write_card
 from ..hub.spectra import update_spectra
 from ..versions import library_versions
+from .conflicts import largest_rank
 from .data import Classes
 from .load import dump_recipe
 from .planning import Plan
@@ -108,8 +109,9 @@ def report_of(
         trainable_parameters=trainable,
         total_parameters=total,
         adapter_bytes=(adapter / "adapter_model.safetensors").stat().st_size,
-        rank=settled.method.saved_rank * max([settled.adapter.r, *(settled.adapter.rank_pattern or {}).values()]),
-        start_hash=sidecar.start_hash if sidecar else None,
+        rank=settled.method.saved_rank * largest_rank(settled.adapter),
+        form=settled.method.saved_form,
+        start_hash=(sidecar.start_hash or None) if sidecar else None,
         peak_memory_mib=peak_memory_mib(),
         adapter=str(adapter),
         load=_how_to_load(settled, adapter, classes),
