@@ -45,7 +45,7 @@ def test_merged_is_adapted_and_unmerged_is_the_base(storage, variant, tokens, sa
     assert torch.isfinite(tiny_models.logits(model, tokens)).all()
     for name, layer in bone_layers(model, "default").items():
         W = read_weight(layer.base_layer)
-        limit = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 1e-2, "nf4": 0.15, "int8": 0.02}[storage]
+        limit = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 1e-2, "nf4": 0.3, "int8": 0.02}[storage]
         assert float((W - weights[name]).norm() / W.norm()) < limit, name
 
 
@@ -132,9 +132,9 @@ class _nothing:
 def test_block_sizes_without_a_common_multiple_in_small_groups():
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(12, 24, generator=generator, dtype=torch.float64)
-    blocks = [
-        0.1 * torch.randn(12 // r, r, r, generator=generator, dtype=torch.float64) for r in (2, 3, 4, 6, 12)
-    ] + [0.1 * torch.randn(5, 12, generator=generator, dtype=torch.float64)]
+    blocks = [0.1 * torch.randn(12 // r, r, r, generator=generator, dtype=torch.float64) for r in (2, 3, 4, 6, 12)] + [
+        0.1 * torch.randn(5, 12, generator=generator, dtype=torch.float64)
+    ]
     torch.testing.assert_close(unmerged(merged(W, blocks), blocks), W)
 
 
