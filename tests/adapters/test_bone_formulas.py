@@ -1,4 +1,4 @@
-"""What each variant of Bone computes: its definition entry by entry, its exact gradients, and what it keeps for them."""
+"""What each variant of Bone computes: its definition entry by entry, exact gradients, and what is kept for them."""
 
 from __future__ import annotations
 
