@@ -69,20 +69,17 @@ def shared_delta(D: Tensor, out_features: int, in_features: int) -> Tensor:
 
 def bat_delta(W: Tensor, B: Tensor) -> Tensor:
     """`dW` of `bat` for `W` `(rows, in)`, a whole number of rows of blocks, and their `B` `(rows / r, r, r)`."""
-    blocks = W.reshape(B.shape[0], -1, B.shape[-1])
-    return _plus_block(torch.bmm(blocks, B), B).view(W.shape)
+    n, r, _ = B.shape
+    delta = torch.bmm(W.reshape(n, -1, r), B)
+    delta.view(n, r, -1, r).add_(B.unsqueeze(2))
+    return delta.view(W.shape)
 
 
 def _transformed(W: Tensor, B: Tensor) -> Tensor:
-    """`W + dW` in one product. At `B = 0` it is `W` to the last bit, also where products are rounded to TF32."""
-    blocks = W.reshape(B.shape[0], -1, B.shape[-1])
-    return _plus_block(torch.baddbmm(blocks, blocks, B), B).view(W.shape)
-
-
-def _plus_block(product: Tensor, B: Tensor) -> Tensor:
+    """`W + dW`. At `B = 0` it is `W` to the last bit, also where products are rounded to TF32."""
     n, r, _ = B.shape
-    product.view(n, r, -1, r).add_(B.unsqueeze(2))
-    return product
+    result = torch.add(W.reshape(n, r, -1, r), B.unsqueeze(2)).view(n, -1, r)
+    return result.baddbmm_(W.reshape(n, -1, r), B).view(W.shape)
 
 
 def bat_linear(x: Tensor, B: Tensor, bias: Tensor | None, read: Read) -> Tensor:
