@@ -17,6 +17,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,14 @@ def ratios(times: dict[str, float]) -> dict[str, float]:
     return {**named, "bone bat/lora": times["bone bat"] / times["lora"], "bone/lora": times["bone"] / times["lora"]}
 
 
+def layer_step(model: Any, x: torch.Tensor, grad: torch.Tensor) -> None:
+    model(x).backward(grad)
+
+
+def model_step(model: Any, ids: torch.Tensor) -> None:
+    model(input_ids=ids, labels=ids).loss.backward()
+
+
 def bench_layer() -> list[dict[str, Any]]:
     """One layer, forward and backward."""
     rows = []
@@ -105,7 +114,7 @@ def bench_layer() -> list[dict[str, Any]]:
             for tokens in TOKENS:
                 x = torch.randn(1, tokens, in_features, requires_grad=True)
                 grad = torch.randn(1, tokens, out_features)
-                steps = {name: (lambda model=model: model(x).backward(grad)) for name, model in models.items()}
+                steps = {name: partial(layer_step, model, x, grad) for name, model in models.items()}
                 times = medians(steps)
                 shape = f"{out_features} x {in_features}"
                 rows.append({"shape": shape, "rank": rank, "tokens": tokens, "ms": times, "ratios": ratios(times)})
@@ -129,12 +138,8 @@ def bench_model(layers: int, rank: int) -> list[dict[str, Any]]:
     rows = []
     for tokens in TOKENS:
         ids = torch.randint(1, 512, (1, tokens))
-        times: dict[str, list[float]] = {}
         models = {name: adapted(base, setting) for name, setting in configs(rank, "all-linear").items()}
-        steps = {
-            name: (lambda model=model: model(input_ids=ids, labels=ids).loss.backward())
-            for name, model in models.items()
-        }
+        steps = {name: partial(model_step, model, ids) for name, model in models.items()}
         times = medians(steps, 5)
         peaks = {}
         for name, model in models.items():
