@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ._after_peft import after_peft as _after_peft
 
 if TYPE_CHECKING:
-    from .adapters import AdditiveConfig, PissaConfig, SorsaConfig, SvfitConfig
+    from .adapters import AdditiveConfig, BoneConfig, PissaConfig, SorsaConfig, SvfitConfig
     from .hub.export import export_lora
     from .hub.merge import merge
     from .hub.push import push
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "AdditiveConfig",
+    "BoneConfig",
     "PissaConfig",
     "RegularizerCallback",
     "SorsaConfig",
@@ -35,6 +36,7 @@ __all__ = [
 #: Where each name lives; imported when it is asked for.
 _LATER = {
     "AdditiveConfig": "adapters",
+    "BoneConfig": "adapters",
     "PissaConfig": "adapters",
     "RegularizerCallback": "trainers",
     "SorsaConfig": "adapters",

@@ -35,7 +35,7 @@ class Method:
 
     Attributes:
         name: as recipes and `llmreg methods NAME` write it. title: the name in prose.
-        kind: "lora" (plain PEFT), or "additive" (a low-rank term, zero at the start, over an untouched base).
+        kind: "lora" (plain PEFT), "additive" (a low-rank term, zero at the start, over an untouched base), or "bone".
         config: import path of the config class, "module:Class".
         paper: what to read and cite.
         what, when, when_not: one sentence each.
@@ -43,7 +43,7 @@ class Method:
         defaults: what is used where the recipe says nothing.
         needs: extras, data or hardware beyond the base install; empty if none.
         recipe: the runnable recipe, relative to the repository.
-        saved_rank: the saved plain LoRA has this times `r` as its rank.
+        saved_rank: the saved adapter has this times `r` as its rank. saved_form: what it is saved as.
     """
 
     name: str
@@ -59,6 +59,7 @@ class Method:
     needs: tuple[str, ...] = ()
     recipe: str = ""
     saved_rank: int = 1
+    saved_form: str = "plain LoRA"
 
     def config_class(self) -> Any:
         """Import and return the config class.
@@ -156,6 +157,28 @@ _ROWS = (
         cost="The baseline: no decomposition, 2 r (in + out) values a layer in training and on disk.",
         defaults={"r": 8, "lora_alpha": 8, "lora_dropout": 0.0},
         recipe="recipes/pocket-lora.yaml",
+    ),
+    Method(
+        name="bone",
+        title="Bone",
+        kind="bone",
+        config="llmreg.adapters:BoneConfig",
+        paper=Paper(
+            "MiSS: Balancing LoRA Performance and Efficiency with Simple Shard Sharing",
+            "2409.15371",
+            "3",
+        ),
+        what="Trains one small matrix a layer, whose rows all groups of r inputs share (PEFT's MiSS), or with variant "
+        "bat r x r blocks that multiply the weight itself.",
+        when="Memory and step time count: row sharing trains half of LoRA's parameters at equal r, needs no product "
+        "with A and starts exactly at the base.",
+        when_not="The adapter must be served as LoRA and you want bat, whose update has full rank; or the base is "
+        "quantised and speed matters, since bat dequantises every layer twice a step.",
+        cost="Row sharing: r out values a layer, and less than LoRA's time. bat: as many values, and three products "
+        "with the weight a step where LoRA has two; nothing the size of the weights is kept.",
+        defaults={"r": 64, "variant": "bone", "bone_dropout": 0.0},
+        recipe="recipes/pocket-bone.yaml",
+        saved_form="PEFT MiSS",
     ),
 )
 _BUILT_IN = {row.name: row for row in _ROWS}

@@ -1,14 +1,30 @@
-"""PEFT configs, layers and the tuner of the additive methods; importing registers them with PEFT."""
+"""PEFT configs, layers and tuners of the additive methods and of Bone; importing registers them with PEFT."""
 
 import peft as _peft  # noqa: F401, first: llmreg registers itself when PEFT has been imported
 
+from .bone_config import BoneConfig
+from .bone_layer import BoneLayer
+from .bone_model import BoneModel
 from .config import AdditiveConfig
 from .layer import AdditiveLayer
 from .model import AdditiveModel
-from .registry import ADDITIVE, SVFIT_TINY, register
+from .registry import ADDITIVE, BONE, SVFIT_TINY, register
 from .svd_configs import PissaConfig, SorsaConfig, SvfitConfig
 
 for _kind in (ADDITIVE, SVFIT_TINY):
-    register(_kind, AdditiveConfig, AdditiveModel)
+    register(_kind, AdditiveConfig, AdditiveModel, "lora_")
+register(BONE, BoneConfig, BoneModel, "bone_")
 
-__all__ = ["ADDITIVE", "AdditiveConfig", "AdditiveLayer", "AdditiveModel", "PissaConfig", "SorsaConfig", "SvfitConfig"]
+__all__ = [
+    "ADDITIVE",
+    "BONE",
+    "AdditiveConfig",
+    "AdditiveLayer",
+    "AdditiveModel",
+    "BoneConfig",
+    "BoneLayer",
+    "BoneModel",
+    "PissaConfig",
+    "SorsaConfig",
+    "SvfitConfig",
+]

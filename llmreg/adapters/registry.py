@@ -16,7 +16,7 @@ from peft.utils.peft_types import PeftType
 
 from ..errors import LlmregError
 
-__all__ = ["ADDITIVE", "SVFIT_TINY", "check_peft_version", "peft_type", "register"]
+__all__ = ["ADDITIVE", "BONE", "SVFIT_TINY", "check_peft_version", "peft_type", "register"]
 
 _SUPPORTED = (Version("0.21"), Version("0.22"))
 
@@ -53,14 +53,15 @@ def peft_type(name: str) -> PeftType:
 
 
 check_peft_version()
-ADDITIVE = peft_type("LLMREG_ADDITIVE")
+BONE = peft_type("BONE")  # PEFT had it up to 0.18, and dropped it with everything that was saved under it
 #: What SVFit's tiny form is saved as, so that plain PEFT refuses it; a live adapter is `ADDITIVE`.
 SVFIT_TINY = peft_type("LLMREG_SVFIT_TINY")
+ADDITIVE = peft_type("LLMREG_ADDITIVE")
 
 
-def register(kind: PeftType, config_cls: type, tuner_cls: type) -> None:
+def register(kind: PeftType, config_cls: type, tuner_cls: type, prefix: str) -> None:
     """Tell PEFT which config and tuner belong to `kind`; those of a newer import of llmreg replace the older."""
     if kind in PEFT_TYPE_TO_CONFIG_MAPPING:
         PEFT_TYPE_TO_CONFIG_MAPPING[kind], PEFT_TYPE_TO_TUNER_MAPPING[kind] = config_cls, tuner_cls
     else:
-        register_peft_method(name=kind.value.lower(), config_cls=config_cls, model_cls=tuner_cls, prefix="lora_")
+        register_peft_method(name=kind.value.lower(), config_cls=config_cls, model_cls=tuner_cls, prefix=prefix)

@@ -25,7 +25,7 @@ class Report:
         losses: the loss curve, one {"step", "loss", "learning_rate"} a log line.
         trainable_parameters, total_parameters: of the model with its adapter.
         adapter_bytes: size of the adapter's weights file.
-        rank: of the saved plain LoRA.
+        rank, form: of the saved adapter; the form is "plain LoRA" for most methods.
         start_hash: SHA-256 of the starting factors; None for methods that start from noise.
         peak_memory_mib: {"process"} and, with a GPU, {"gpu"}.
         seconds: {"load", "init", "evaluate", "train", "save", "total"}.
@@ -64,6 +64,7 @@ class Report:
     recipe: str | None = None
     classes: tuple[str, ...] | None = None
     changed_on_resume: tuple[str, ...] | None = None
+    form: str = "plain LoRA"
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain values."""
@@ -84,7 +85,7 @@ class Report:
             f"{self.steps:,} steps",
             f"[bold]Time[/]      {self.seconds['total']:.0f} s ({seconds})",
             f"[bold]Memory[/]    {memory} at the peak",
-            f"[bold]Adapter[/]   {escape(self.adapter)} (plain LoRA of rank {self.rank}, {_size(self.adapter_bytes)})",
+            f"[bold]Adapter[/]   {escape(self.adapter)} ({self.form} of rank {self.rank}, {_size(self.adapter_bytes)})",
         ]
         if self.export:
             rank, dtype, error = (self.export[key] for key in ("rank", "dtype", "relative_error"))

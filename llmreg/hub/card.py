@@ -219,7 +219,10 @@ def _how_to_load(facts: Facts) -> str:
     )
     if classes:
         load += f"\nclasses = {list(map(str, classes))}"
-    parts = [f"## How to load it\n\nWith plain PEFT:\n\n```python\n{imports}\n\n{load}\n```", _vllm(facts)]
+    plain = f"With plain PEFT:\n\n```python\n{imports}\n\n{load}\n```"
+    if facts.config["peft_type"] == "BONE":
+        plain = "Plain PEFT refuses it (peft type BONE), since it would compute another function on these layers."
+    parts = [f"## How to load it\n\n{plain}", _vllm(facts)]
     if facts.sidecar and not facts.exported:
         parts.append(
             "With llmreg, which checks base and files against the hashes above and mounts it as what was trained:\n\n"
@@ -246,7 +249,14 @@ def _vllm(facts: Facts) -> str:
 
 
 def _continuing(facts: Facts) -> str:
-    if facts.sidecar and not facts.exported:
+    if facts.sidecar and facts.config["peft_type"] in ("MISS", "BONE"):
+        text = (
+            "What is saved here are the trained tensors themselves, to the last bit. With llmreg training resumes "
+            "exactly, after base and files were checked."
+        )
+        if facts.config["peft_type"] == "MISS":
+            text += " Plain PEFT knows the form as MiSS and trains it further as that."
+    elif facts.sidecar and not facts.exported:
         title = facts.method.title if facts.method else facts.sidecar.method
         text = (
             f"What is saved here is a plain LoRA of rank {facts.rank} that computes what the {title} adapter of rank "

@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..errors import AdapterFileError, RecipeError
+from ..errors import AdapterFileError, LlmregError, RecipeError
+from .sidecar import read_sidecar
 
 __all__ = ["HARMLESS_STARTS", "PREFIX", "check_new_folder", "float_dtype", "lora_scaling", "read_lora"]
 
@@ -50,7 +51,7 @@ def check_new_folder(folder: Path) -> None:
 
 
 def read_lora(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Config and tensors of a plain LoRA adapter.
+    """Config and tensors of a plain LoRA adapter, or of a Bone one written as the LoRA that it is.
 
     Raises:
         AdapterFileError: no whole plain-LoRA adapter in safetensors, or one that belongs to changed base weights.
@@ -69,7 +70,13 @@ def read_lora(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
         settings = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         tensors = load_file(weights)
         kind = settings.pop("peft_type")
+        if kind in ("MISS", "BONE"):
+            from .bone_io import as_lora
+
+            return as_lora(folder, read_sidecar(folder))
         config = LoraConfig(**settings) if kind == "LORA" else None
+    except LlmregError:
+        raise
     except (ValueError, TypeError, AttributeError, KeyError, SafetensorError, OSError) as error:
         raise AdapterFileError(f"{folder} is damaged ({error}); copy the adapter again.") from error
     if config is None:

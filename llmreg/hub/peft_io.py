@@ -1,10 +1,10 @@
 """Saving and loading through PEFT's own calls: the four methods of `PeftModel` that llmreg wraps, all of them here.
 
-`save_pretrained`   writes plain LoRA and the sidecar, by rename; pickle is refused.
+`save_pretrained`   writes plain LoRA (Bone: see `bone_io`) and the sidecar, by rename; pickle is refused.
 `from_pretrained`, `load_adapter`   mount a folder that has a sidecar as the method it was trained by, verified.
 `add_adapter`       lets additive and plain LoRA adapters share a model (PEFT compares peft types here).
 
-Models without an additive adapter, and folders without a sidecar, go straight to PEFT.
+Models without an adapter of llmreg's, and folders without a sidecar, go straight to PEFT.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import inspect
 import json
 import logging
 import shutil
-from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,22 +22,23 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftConfig, PeftModel
 from peft.tuners.lora.model import LoraModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.peft_types import PeftType
 from safetensors import safe_open
 
+from ..adapters.bone_config import BoneConfig
 from ..adapters.config import AdditiveConfig
 from ..adapters.loading import checking_start, exact_factors, saved_factors, without_start
 from ..adapters.model import adopt, live_factors
 from ..adapters.registry import ADDITIVE, check_peft_version
 from ..adapters.tiny import check_vectors, is_tiny, vector_checks
-from ..errors import AdapterFileError, UnsupportedError, WeightError
+from ..errors import AdapterFileError, UnsupportedError
 from ..files import commit_folder, staged_folder, write_json
-from ..weights import bytes_hash, identity_hash, is_sharded, storage_of
-from .sidecar import FACTORS_NAME, SIDECAR_NAME, BaseRecord, Sidecar, read_sidecar, write_sidecar
+from .base_records import bare_record, base_record
+from .bone_io import SavedBone, check_same_bone, finish_bone, is_block, layers_of, read_bone
+from .sidecar import FACTORS_NAME, SIDECAR_NAME, Sidecar, read_sidecar, write_sidecar
 
-__all__ = ["base_record", "find_sidecar", "install"]
+__all__ = ["find_sidecar", "install"]
 
 logger = logging.getLogger("llmreg")
 # PEFT's own, also for a module that is imported a second time: it wraps them, and not its forerunner's wrappers.
@@ -70,7 +70,7 @@ def save_pretrained(self: PeftModel, *args: Any, **kwargs: Any) -> None:
     call.apply_defaults()
     given = call.arguments
     names = given["selected_adapters"] or list(self.peft_config)
-    additive = [name for name in names if isinstance(self.peft_config.get(name), AdditiveConfig)]
+    additive = [name for name in names if isinstance(self.peft_config.get(name), AdditiveConfig | BoneConfig)]
     target = Path(given["save_directory"])
     plain = [target if name == "default" else target / name for name in names if name not in additive]
     if not given["is_main_process"] or target.is_file():  # PEFT refuses a file
@@ -90,12 +90,8 @@ def save_pretrained(self: PeftModel, *args: Any, **kwargs: Any) -> None:
         given["save_directory"] = str(staging)
         original(*call.args, **call.kwargs)
         for name in additive:
-            _finish(
-                self,
-                name,
-                staging if name == "default" else staging / name,
-                given["kwargs"].get("state_dict"),
-            )
+            folder = staging if name == "default" else staging / name
+            _finish(self, name, folder, given["kwargs"].get("state_dict"))
         _drop_sidecars(plain)
         commit_folder(staging, target, marker=CONFIG_NAME)
     return None
@@ -111,6 +107,10 @@ def _drop_sidecars(folders: list[Path]) -> None:
 def _finish(model: PeftModel, name: str, folder: Path, state_dict: dict[str, Any] | None) -> None:
     """Give a folder that PEFT has written its plain LoRA config and its sidecar."""
     config = model.peft_config[name]
+    if isinstance(config, BoneConfig):
+        with safe_open(str(folder / SAFETENSORS_WEIGHTS_NAME), framework="pt") as file:
+            finish_bone(model, name, folder, base_record(model, layers_of(file.keys())))
+        return
     written = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     config.saved_config().save_pretrained(str(folder))
     plain = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
@@ -127,64 +127,6 @@ def _finish(model: PeftModel, name: str, folder: Path, state_dict: dict[str, Any
             raise UnsupportedError("storage='tiny' needs a base whose bytes can be hashed; set storage='lora'.")
         factors = {key: value for key, value in factors.items() if ".lora_S." in key} | vector_checks(model, name)
     write_sidecar(folder, config, factors, base)
-
-
-def base_record(model: PeftModel, layers: list[str]) -> BaseRecord:
-    """Identity and stored bytes of a wrapped model's base; computed once a model (the base never changes).
-
-    Args:
-        model: wrapped by PEFT.
-        layers: names of the targeted layers.
-    """
-    targets = tuple(sorted(set(layers)))
-    cache = model.__dict__.setdefault("_llmreg_base_records", {})
-    if targets not in cache:
-        modules = _layers(model, targets)
-        storage = _storage_name(modules.values())
-        if any(getattr(module, "merged", False) for module in modules.values()):
-            return BaseRecord(None, None, None, None, None, storage)
-        identity = identity_hash(model)
-        cache[targets] = BaseRecord(
-            digest=identity.digest,
-            source=identity.source,
-            name=identity.name,
-            revision=identity.revision,
-            stored_bytes=_stored_bytes(model, targets),
-            storage=storage,
-        )
-    return cache[targets]
-
-
-def _stored_bytes(model: PeftModel, layers: tuple[str, ...]) -> str | None:
-    """Digest of the layers as stored; None where they are not whole here (sharded, or repacked 4-bit weights)."""
-    if any(is_sharded(_base_layer(model.get_submodule(name))) for name in layers):
-        return None
-    try:
-        return bytes_hash(model, layers)
-    except WeightError:
-        return None
-
-
-def _layers(model: Any, names: Iterable[str]) -> dict[str, Any]:
-    modules = dict(model.named_modules())
-    missing = [name for name in names if name not in modules]
-    if missing:
-        raise AdapterFileError(f"The adapter has factors for layer {missing[0]!r}, which this base model lacks.")
-    return {name: modules[name] for name in names}
-
-
-def _base_layer(module: Any) -> Any:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-
-
-def _storage_name(modules: Any) -> str:
-    """How the layers are stored, e.g. "nf4" or "bfloat16"; asks no other rank, since only one saves."""
-    names = set()
-    for module in modules:
-        base = _base_layer(module)
-        kind = "float" if is_sharded(base) else storage_of(base).kind
-        names.add(str(base.weight.dtype).removeprefix("torch.") if kind == "float" else kind)
-    return "+".join(sorted(names))
 
 
 # -- loading ----------------------------------------------------------------------------------------------------
@@ -206,7 +148,9 @@ def find_sidecar(model_id: Any, **hub: Any) -> Sidecar | None:
         path = hf_hub_download(str(model_id), SIDECAR_NAME, **hub)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
         return None
-    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, FACTORS_NAME):
+    sidecar = read_sidecar(Path(path).parent)
+    assert sidecar is not None
+    for name in (CONFIG_NAME, *sidecar.files):
         try:
             hf_hub_download(str(model_id), name, **hub)
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -214,7 +158,7 @@ def find_sidecar(model_id: Any, **hub: Any) -> Sidecar | None:
                 f"{model_id} has a {SIDECAR_NAME}, but its {name} cannot be had ({type(error).__name__}); push the "
                 "whole adapter folder, or download it again."
             ) from error
-    return read_sidecar(Path(path).parent)
+    return sidecar
 
 
 def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -227,7 +171,16 @@ def from_pretrained(cls: type[PeftModel], model: Any, model_id: Any, *args: Any,
     call = inspect.signature(original).bind(cls, model, model_id, *args, **kwargs)
     call.apply_defaults()
     sidecar = find_sidecar(model_id, **_hub_arguments(call.arguments["kwargs"]))
-    if sidecar is None or not (call.arguments["config"] is None or is_tiny(call.arguments["config"])):
+    given = call.arguments["config"]
+    if not (given is None or is_tiny(given)):
+        return original(*call.args, **call.kwargs)
+    bone = read_bone(model_id, sidecar, **_hub_arguments(call.arguments["kwargs"]))
+    if bone is not None:
+        _check_bone(bone, model)
+        call.arguments["config"] = bone.config
+        with saved_factors(bone.tensors):
+            return original(*call.args, **call.kwargs)
+    if sidecar is None:
         return original(*call.args, **call.kwargs)
     config = sidecar.adapter_config()
     factors = sidecar.load_factors()
@@ -240,7 +193,7 @@ def from_pretrained(cls: type[PeftModel], model: Any, model_id: Any, *args: Any,
         return original(*call.args, **call.kwargs)
 
 
-def _mounting(config: AdditiveConfig, factors: dict[str, Any]) -> AbstractContextManager:
+def _mounting(config: Any, factors: dict[str, Any]) -> AbstractContextManager:
     """What an adapter is injected in, whose factors are then loaded: unset, or tiny, with vectors that are checked."""
     if not is_tiny(config):
         return without_start()
@@ -256,14 +209,18 @@ def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, 
     if exact_factors() is not None:  # from `from_pretrained` above, which has verified them
         return original(*call.args, **call.kwargs)
     sidecar = find_sidecar(model_id, **_hub_arguments(call.arguments["kwargs"]))
-    if live is not None and not isinstance(live, AdditiveConfig):
+    if live is not None and not isinstance(live, AdditiveConfig | BoneConfig):
         return original(*call.args, **call.kwargs)
+    bone = read_bone(model_id, sidecar, **_hub_arguments(call.arguments["kwargs"]))
+    if bone is not None and (live is None or sidecar is not None):
+        return _load_bone(self, bone, live, call)
     if sidecar is None:
         if live is None:
             return original(*call.args, **call.kwargs)
         raise AdapterFileError(
             f"{model_id} has no {SIDECAR_NAME}, so the {live.method} adapter {adapter_name!r} cannot continue from it; "
-            "resume from a folder that llmreg saved, or load it under another name as a plain LoRA."
+            "resume from a folder that llmreg saved, or load it under another name"
+            + ("." if isinstance(live, BoneConfig) else " as a plain LoRA.")
         )
     factors = sidecar.load_factors()
     if live is None:
@@ -279,10 +236,33 @@ def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, 
         return original(*call.args, **call.kwargs)
 
 
+def _load_bone(model: PeftModel, bone: SavedBone, live: Any, call: inspect.BoundArguments) -> Any:
+    """Mount a Bone adapter beside others, or resume it into the live one of its name."""
+    _check_bone(bone, model)
+    with saved_factors(bone.tensors):
+        if live is None:
+            _add(model, bone.config, bone.tensors, call.arguments)
+        else:
+            check_same_bone(live, call.arguments["adapter_name"], model, bone)
+            call.arguments["autocast_adapter_dtype"] = False  # PEFT would turn what trains in bf16 into fp32
+        return _ORIGINAL["load_adapter"](*call.args, **call.kwargs)
+
+
+def _check_bone(bone: SavedBone, model: Any) -> None:
+    """Refuse a base that the adapter was not trained on, or does not fit, before anything is touched."""
+    if bone.sidecar is not None:
+        _check_base(bone.sidecar, model, bone.tensors)
+        _check_whole_modules(bone.sidecar, model)
+    bone.check_layers(model)
+
+
 def _mount(model: PeftModel, sidecar: Sidecar, factors: dict[str, Any], given: dict[str, Any]) -> None:
     """Add the adapter of `sidecar` to a wrapped model, factors unset."""
-    config = sidecar.adapter_config()
     _check_base(sidecar, model, factors)
+    _add(model, sidecar.adapter_config(), factors, given)
+
+
+def _add(model: PeftModel, config: Any, factors: dict[str, Any], given: dict[str, Any]) -> None:
     config.inference_mode = not given["is_trainable"]
     model._check_new_adapter_config(config, is_trainable=given["is_trainable"])
     with _mounting(config, factors):
@@ -322,13 +302,13 @@ def _layer_names(factors: dict[str, Any]) -> set[str]:
 
 def _check_base(sidecar: Sidecar, model: Any, factors: dict[str, Any]) -> None:
     """Refuse another base before anything is touched; log a note where the storage differs."""
-    layers = sorted(_layer_names(factors))
+    layers = layers_of(factors) or sorted(_layer_names(factors))
     tiny = sidecar.config.get("storage") == "tiny"
     if isinstance(model, PeftModel):
         base = base_record(model, layers)
     else:
         bare = [name.removeprefix("base_model.model.") for name in layers]
-        base = _bare_record(model, bare, sidecar.base.source, hashed=tiny)
+        base = bare_record(model, bare, sidecar.base.source, hashed=tiny)
     note = sidecar.check_base(base)
     if tiny:
         sidecar.check_same_bytes(base)
@@ -338,24 +318,16 @@ def _check_base(sidecar: Sidecar, model: Any, factors: dict[str, Any]) -> None:
 
 def _check_whole_modules(sidecar: Sidecar, model: Any) -> None:
     """Refuse a model without the modules that the adapter brings whole; PEFT would drop them without a word."""
-    modules = {name for name, _ in model.named_modules()}
+    modules = {name.removeprefix("base_model.model.") for name, _ in model.named_modules()}
     with safe_open(str(sidecar.folder / SAFETENSORS_WEIGHTS_NAME), framework="pt") as file:
         names = list(file.keys())
-    keys = [name.removeprefix("base_model.model.") for name in names if ".lora_" not in name]
+    keys = [name.removeprefix("base_model.model.") for name in names if ".lora_" not in name and not is_block(name)]
     lost = [key for key in keys if ".token_adapter." not in key and key.rpartition(".")[0] not in modules]
     if lost:
         raise AdapterFileError(
             f"{sidecar.folder} brings {lost[0]!r}, and {type(model).__name__} has no such module; load the base by the "
             "class that the adapter was trained on, for classification AutoModelForSequenceClassification."
         )
-
-
-def _bare_record(model: Any, layers: list[str], source: str | None, *, hashed: bool) -> BaseRecord:
-    """The record of a model that PEFT has not wrapped; its bytes `hashed` also where its `source` is another."""
-    storage = _storage_name(_layers(model, layers).values())
-    identity = identity_hash(model)
-    stored_bytes = bytes_hash(model, layers) if hashed or (source and identity.source != source) else None
-    return BaseRecord(identity.digest, identity.source, identity.name, identity.revision, stored_bytes, storage)
 
 
 # -- several adapters --------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from ..errors import AdapterFileError, RecipeError
+from .bone_io import read_bone
 from .card import card_of
 from .card_facts import gather, parse_recipe, read_config
 from .privacy import hub_id, neutral, neutral_text
@@ -68,10 +69,10 @@ def _check_adapter(folder: Path) -> tuple[dict[str, Any], Sidecar | None]:
             f"{weights} is not a whole safetensors file ({error}); copy the adapter again."
         ) from None
     sidecar = read_sidecar(folder)
-    if sidecar:
+    if sidecar and read_bone(folder, sidecar) is None:
         sidecar.adapter_config()
         sidecar.load_factors()
-    elif (folder / FACTORS_NAME).exists():
+    elif not sidecar and (folder / FACTORS_NAME).exists():
         raise AdapterFileError(
             f"{folder} has {FACTORS_NAME} but no {SIDECAR_NAME}; copy the whole adapter again, or remove "
             f"{FACTORS_NAME} to push a plain LoRA."
@@ -94,7 +95,7 @@ def contents(folder: Path, *, online: bool) -> dict[str, bytes | Path]:
         SAFETENSORS_WEIGHTS_NAME: folder / SAFETENSORS_WEIGHTS_NAME,
     }
     if sidecar:
-        files |= {name: folder / name for name in (SIDECAR_NAME, FACTORS_NAME)}
+        files |= {name: folder / name for name in (SIDECAR_NAME, *sidecar.files)}
     templates = sorted((folder / _TEMPLATES).glob("*.jinja")) if not (folder / _TEMPLATES).is_symlink() else []
     for path in [*(folder / name for name in _TOKENIZER), *templates]:
         if path.is_file() and not path.is_symlink() and not path.name.startswith("."):

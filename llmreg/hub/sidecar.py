@@ -3,14 +3,14 @@
 adapter_model.safetensors     the difference form, a plain LoRA of rank 2r: what everybody loads
 adapter_config.json           a plain LoraConfig
 llmreg.json                   method and config, hashes of the files, the start and the base, versions
-llmreg_factors.safetensors    the factors of every layer and their start, bit-exact
+llmreg_factors.safetensors    the factors and the start of every layer, bit-exact; none for Bone, saved as trained
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ __all__ = [
     "Sidecar",
     "read_sidecar",
     "start_hash",
+    "write_content",
 ]
 
 SIDECAR_NAME = "llmreg.json"
@@ -73,6 +74,7 @@ class Sidecar:
     base: BaseRecord
     start_hash: str
     versions: dict[str, str]
+    layers: dict[str, list[int]] = field(default_factory=dict)
 
     def adapter_config(self) -> AdditiveConfig:
         """The config to mount the adapter with, as the method it was trained by."""
@@ -108,6 +110,10 @@ class Sidecar:
         Raises:
             AdapterFileError: a file is missing, damaged, or not the one that was saved.
         """
+        return self.load_tensors(FACTORS_NAME)
+
+    def check_files(self) -> None:
+        """Refuse files that are not those that were saved."""
         for name, digest in self.files.items():
             path = self.folder / name
             if not path.is_file():
@@ -120,7 +126,11 @@ class Sidecar:
                     f"{path} is not the file that was saved (its SHA-256 differs from {SIDECAR_NAME}'s): it is "
                     "damaged or was changed; copy the adapter again."
                 )
-        return _read_tensors(self.folder / FACTORS_NAME)
+
+    def load_tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of one file, after every file's digest was checked; raises as `load_factors`."""
+        self.check_files()
+        return _read_tensors(self.folder / name)
 
     def check_same_bytes(self, base: BaseRecord) -> None:
         """Refuse a base whose targeted layers are not stored as the same bytes.
@@ -177,16 +187,23 @@ def write_sidecar(folder: Path, config: AdditiveConfig, factors: dict[str, Tenso
     """Write both sidecar files beside the adapter that lies in `folder` already."""
     contiguous = {key: value.detach().contiguous() for key, value in factors.items()}
     save_file(contiguous, folder / FACTORS_NAME, metadata={"format": "pt"})
+    start = start_hash(factors, FORMS[config.FORM].frozen)
+    write_content(folder, config, [SAFETENSORS_WEIGHTS_NAME, FACTORS_NAME], base, start=start)
+
+
+def write_content(folder: Path, config: Any, files: list[str], base: BaseRecord, start: str = "", **more: Any) -> None:
+    """Write `llmreg.json` for `files` of `folder`; `start` is the hash of the start, empty where that is zero."""
     settings = {key: _plain(value) for key, value in config.to_dict().items() if key not in _DECIDED_AT_LOAD}
     settings["base_model_name_or_path"] = base.name  # never a local path
     content = {
         "format": FORMAT,
         "method": config.method,
         "config": settings,
-        "start_hash": start_hash(factors, FORMS[config.FORM].frozen),
+        "start_hash": start,
         "base": asdict(base),
-        "files": {name: file_digest(folder / name) for name in (SAFETENSORS_WEIGHTS_NAME, FACTORS_NAME)},
+        "files": {name: file_digest(folder / name) for name in files},
         "versions": library_versions(),
+        **more,
     }
     write_json(folder / SIDECAR_NAME, {**content, "digest": _content_digest(content)})
 
@@ -213,9 +230,11 @@ def read_sidecar(folder: Path) -> Sidecar | None:
                 "again, or remove the file to load it as a plain LoRA for inference."
             )
         fields = {key: content[key] for key in ("method", "config", "files", "start_hash", "versions")}
-        if set(fields["files"]) != {SAFETENSORS_WEIGHTS_NAME, FACTORS_NAME}:
+        factors = set() if fields["method"] == "bone" else {FACTORS_NAME}
+        if set(fields["files"]) != {SAFETENSORS_WEIGHTS_NAME, *factors}:
             raise KeyError("files")
-        return Sidecar(folder=folder, base=BaseRecord(**content["base"]), **fields)
+        base, layers = BaseRecord(**content["base"]), content.get("layers", {})
+        return Sidecar(folder=folder, base=base, layers=layers, **fields)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, AdapterFileError):
             raise

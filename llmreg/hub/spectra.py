@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from ..errors import UnsupportedError
 from .lora_files import PREFIX, lora_scaling, read_lora
 
 __all__ = ["update_spectra"]
@@ -15,12 +16,15 @@ def update_spectra(adapter: str | Path) -> dict[str, list[float]]:
     """Singular values of `s B A` by layer, largest first; layers that are no pair of matrices are left out.
 
     Args:
-        adapter: folder of a saved adapter (plain LoRA).
+        adapter: folder of a saved adapter (plain LoRA, or Bone); empty where the update has full rank.
 
     Raises:
         AdapterFileError: it is not a whole plain-LoRA adapter in safetensors.
     """
-    config, tensors = read_lora(Path(adapter))
+    try:
+        config, tensors = read_lora(Path(adapter))
+    except UnsupportedError:
+        return {}
     spectra = {}
     for key, down in tensors.items():
         up = tensors.get(key.replace(".lora_A.", ".lora_B.")) if ".lora_A." in key else None

@@ -20,6 +20,7 @@ __all__ = [
     "check_output",
     "check_sources",
     "check_training",
+    "largest_rank",
     "served_rank",
 ]
 
@@ -34,12 +35,12 @@ def check_adapter(recipe: Recipe, method: Method, config: Any) -> int:
     Raises:
         RecipeError: with where it was written.
     """
-    ranks = {"r": config.r, **(config.rank_pattern or {})}
+    ranks = _ranks(config)
     for name, rank in ranks.items():
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             where = ("adapter", "r") if name == "r" else ("adapter", "rank_pattern", name)
             raise recipe.error(where, f"a rank must be a positive integer, not {rank!r}.")
-    if not config.lora_alpha > 0:
+    if not getattr(config, "lora_alpha", 1) > 0:
         raise recipe.error(
             ("adapter", "lora_alpha"),
             f"lora_alpha {config.lora_alpha!r} would switch the adapter off or around; write a positive number.",
@@ -51,10 +52,39 @@ def check_adapter(recipe: Recipe, method: Method, config: Any) -> int:
             "list it in modules_to_save to train a copy.",
         )
     saved = method.saved_rank * max(ranks.values())
+    if method.kind == "bone":
+        saved = _check_bone(recipe, config)
     exported = min(saved, recipe.output.rank) if recipe.output.rank else saved
     if recipe.output.serve == "vllm":
         _check_vllm(recipe, method, config, exported)
     return exported
+
+
+def largest_rank(config: Any) -> int:
+    """The largest rank that an adapter's config gives a layer."""
+    return max(_ranks(config).values())
+
+
+def _ranks(config: Any) -> dict[str, Any]:
+    return {"r": config.r, **(getattr(config, "rank_pattern", None) or {})}
+
+
+def _check_bone(recipe: Recipe, config: Any) -> int:
+    """Refuse to export what is no LoRA, and to serve what is not exported; returns the rank of the export."""
+    output = recipe.output
+    asked = next((name for name in ("rank", "dtype", "serve") if getattr(output, name)), None)
+    if config.variant == "bat" and asked:
+        raise recipe.error(
+            ("output", asked),
+            f"output.{asked} asks for a LoRA, and a 'bat' adapter's update has full rank; remove it, or write "
+            "adapter.variant: bone.",
+        )
+    if output.serve and not (output.rank or output.dtype):
+        raise recipe.error(
+            ("output", "serve"),
+            "vLLM serves LoRA, and bone is saved as PEFT MiSS; write output.rank, which exports one (exact at r).",
+        )
+    return min(config.r, config.mini_r) if config.variant == "mini" and asked else config.r
 
 
 def _check_vllm(recipe: Recipe, method: Method, config: Any, exported: int) -> None:
@@ -81,8 +111,9 @@ def _check_vllm(recipe: Recipe, method: Method, config: Any, exported: int) -> N
         )
     if config.bias != "none":
         raise recipe.error(("adapter", "bias"), "vLLM does not load adapters with biases; write bias: none.")
-    if (config.rank_pattern or config.alpha_pattern) and not recipe.output.rank:
-        name = "rank_pattern" if config.rank_pattern else "alpha_pattern"
+    patterns = [name for name in ("rank_pattern", "alpha_pattern") if getattr(config, name, None)]
+    if patterns and not recipe.output.rank:
+        name = patterns[0]
         raise recipe.error(
             ("adapter", name),
             f"vLLM scales every layer by one lora_alpha / r and would misread {name}; write output.rank, which folds "

@@ -38,7 +38,7 @@ class Preview:
         parameters: of the base, trained, and kept frozen beside it.
         memory: bytes by purpose. available: what this machine has free, or None.
         start_seconds: expected for the decompositions, from one timed here for each shape; 0 without any.
-        exported_rank: of the published LoRA. vllm_rank: the `--max-lora-rank` that serves it, or None.
+        exported_rank, form: of what is published. vllm_rank: the `--max-lora-rank` that serves it, or None.
         notes: what is not known, not counted, or worth a second look.
     """
 
@@ -55,6 +55,7 @@ class Preview:
     exported_rank: int
     vllm_rank: int | None
     notes: tuple[str, ...]
+    form: str
 
     def as_dict(self) -> dict[str, Any]:
         """The preview as plain values."""
@@ -79,11 +80,13 @@ class Preview:
         memory.add_row("[bold]peak[/]", f"[bold]{self.memory.peak / 2**20:,.0f}[/]{available}")
         base, trained, frozen = self.parameters
         served = f"vLLM: --max-lora-rank {self.vllm_rank}" if self.vllm_rank else "more than vLLM serves"
+        if self.form != "plain LoRA":
+            served = "vLLM serves LoRA only"
         lines = [
             f"[bold]Parameters[/]  {trained:,} trained ({trained / (base + trained + frozen):.2%}), {frozen:,} frozen "
             f"beside them, {base:,} of the base",
             f"[bold]Start[/]       about {self.start_seconds:.1f} s of decompositions",
-            f"[bold]Published[/]   plain LoRA of rank {self.exported_rank} ({served})",
+            f"[bold]Published[/]   {self.form} of rank {self.exported_rank} ({served})",
             *(f"[bold]Note[/]        {escape(note)}" for note in self.notes),
             "Nothing was downloaded or written.",
         ]
@@ -122,6 +125,8 @@ def preview(recipe: Recipe) -> Preview:
         available = _available(gpu)
         if available is not None and memory.peak > available:
             notes.append("The peak is more than is free: lower the batch size or max_length, or quantise the base.")
+    exports = recipe.output.rank or recipe.output.dtype
+    form = "plain LoRA" if exports else settled.method.saved_form
     return Preview(
         recipe=dump_recipe(recipe),
         method=settled.method.name,
@@ -134,8 +139,9 @@ def preview(recipe: Recipe) -> Preview:
         available=available,
         start_seconds=_start_seconds(settled, adapted),
         exported_rank=settled.exported_rank,
-        vllm_rank=served_rank(settled.exported_rank),
+        vllm_rank=served_rank(settled.exported_rank) if form == "plain LoRA" else None,
         notes=(*notes, *memory.notes),
+        form=form,
     )
 
 

@@ -15,6 +15,7 @@ from ..hub import read_sidecar
 from ..hub.card import write_card
 from ..hub.spectra import update_spectra
 from ..versions import library_versions
+from .conflicts import largest_rank
 from .data import Classes
 from .load import dump_recipe
 from .planning import Plan
@@ -97,7 +98,6 @@ def report_of(
         for line in trainer.state.log_history
         if "loss" in line
     )
-    config = trainer.model.peft_config["default"]  # the start may have chosen ranks
     return Report(
         method=settled.method.name,
         model=recipe.model.name,
@@ -109,8 +109,9 @@ def report_of(
         trainable_parameters=trainable,
         total_parameters=total,
         adapter_bytes=(adapter / "adapter_model.safetensors").stat().st_size,
-        rank=settled.method.saved_rank * max([config.r, *(config.rank_pattern or {}).values()]),
-        start_hash=sidecar.start_hash if sidecar else None,
+        rank=settled.method.saved_rank * largest_rank(trainer.model.peft_config["default"]),
+        form=settled.method.saved_form,
+        start_hash=(sidecar.start_hash or None) if sidecar else None,
         peak_memory_mib=peak_memory_mib(),
         adapter=str(adapter),
         load=_how_to_load(settled, adapter, classes),

@@ -57,9 +57,10 @@ def prepare_starts(recipe: Recipe, folder: str | Path | None = None) -> StartRep
     with quiet():
         settled = plan(recipe, new_output=False)
         if settled.method.kind != "additive":
+            start = "zero" if settled.method.kind == "bone" else "random numbers"
             raise recipe.error(
                 ("adapter", "method"),
-                f"{settled.method.name} starts from random numbers, so there is nothing to decompose before training.",
+                f"{settled.method.name} starts from {start}, so there is nothing to decompose before training.",
             )
         _check_writable(target)
         from peft import get_peft_model

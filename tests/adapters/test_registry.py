@@ -53,7 +53,7 @@ def test_it_hashes_compares_and_prints_like_any_member():
 
 def test_registering_twice_does_nothing():
     before = dict(PEFT_TYPE_TO_CONFIG_MAPPING)
-    register(AdditiveConfig, AdditiveModel)
+    register(ADDITIVE, AdditiveConfig, AdditiveModel, "lora_")
     assert peft_type("LLMREG_ADDITIVE") is ADDITIVE
     assert before == PEFT_TYPE_TO_CONFIG_MAPPING
     assert PEFT_TYPE_TO_CONFIG_MAPPING[ADDITIVE] is AdditiveConfig

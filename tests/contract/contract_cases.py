@@ -80,7 +80,7 @@ ALL_CASES = (
     Case("sorsa", "SorsaConfig", settings={"weights": None}),
     Case("svfit", "SvfitConfig", noise=0.5, lr=0.5, always_float32=True),
     Case("bone", "BoneConfig", settings={"variant": "bone"}, family="bone"),
-    Case("bat", "BoneConfig", settings={"variant": "bat"}, family="bone", refuses=frozenset({"plain peft", "export"})),
+    Case("bat", "BoneConfig", settings={"variant": "bat"}, family="bone", refuses=frozenset({"export"})),
     Case("mini", "BoneConfig", settings={"variant": "mini", "mini_r": 4}, family="bone"),
 )
 CASES = tuple(case for case in ALL_CASES if hasattr(llmreg, case.config_class))
