@@ -73,6 +73,11 @@ class _Block(nn.Module):
         self.weight = nn.Parameter(torch.zeros(shape))
 
 
+def _is_whole(base: nn.Module) -> bool:
+    """Whether this process holds the whole weight; torch.compile cannot trace the question, and compiles no shards."""
+    return torch.compiler.is_compiling() or not is_sharded(base)
+
+
 class BoneLayer(nn.Module, BaseTunerLayer):
     """Wraps one base layer that `llmreg.weights.storage_of` accepts; see the module's docstring."""
 
@@ -168,7 +173,7 @@ class BoneLayer(nn.Module, BaseTunerLayer):
             and not base._forward_hooks
             and not base._forward_pre_hooks
             and not hasattr(base, "_hf_hook")
-            and (torch.compiler.is_compiling() or not is_sharded(base))  # which it cannot trace
+            and _is_whole(base)
             and x.dtype == base.weight.dtype
             and x.dtype in _WIDE
             and not torch.is_autocast_enabled(x.device.type)
@@ -187,7 +192,7 @@ class BoneLayer(nn.Module, BaseTunerLayer):
     def _read(self, dtype: torch.dtype) -> Tensor:
         """The base weight `(out, in)`, however it is stored; to be read only."""
         base: Any = self.get_base_layer()
-        if type(base) is nn.Linear and not is_sharded(base) and base.weight.is_floating_point():
+        if type(base) is nn.Linear and _is_whole(base) and base.weight.is_floating_point():
             return base.weight.detach().to(dtype)
         with gathered([base]):
             return read_weight(base, name=self.layer_name, dtype=dtype)
