@@ -1,8 +1,8 @@
 """Starting the factors of an adapter, layer by layer: from a sibling that already has them, or by decomposition.
 
-Weights are read one layer at a time (small ones, and on a GPU, a bounded batch of equal shapes), so nothing the size
-of the model is ever allocated. In a distributed run all ranks take the factors of the first. Inside `use_starts`
-what was decomposed before is taken from disk, to the same bits.
+Weights are read in groups of bounded size, so nothing the size of the model is ever allocated; layers of equal shape
+are decomposed in batches, on a CPU one batch a thread. In a distributed run all ranks take the factors of the first.
+Inside `use_starts` what was decomposed before is taken from disk, to the same bits.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from ..progress import track
 from ..weights import check_finite, gathered, read_weight
 from .config import AdditiveConfig
 from .layer import AdditiveLayer
+from .side_by_side import Map, side_by_side
 from .start_cache import StartCache, current_starts
-from .start_key import start_keys
+from .start_key import StartKey, start_keys
 
 __all__ = ["start_factors"]
 
-#: Bytes of fp32 weights of equal shape that are decomposed together. On a CPU only small layers gain by it.
+#: Bytes of fp32 weights of equal shape that are in memory together, and that are decomposed as one batch. On a CPU
+#: only small layers gain by a batch; the batches of a group go side by side.
+_GROUP_BYTES = {"cuda": 1 << 30, "cpu": 64 << 20}
 _BATCH_BYTES = {"cuda": 1 << 30, "cpu": 4 << 20}
 
 
@@ -54,8 +57,9 @@ def start_factors(
     ]
     cache = current_starts()
     hits_before = 0 if cache is None else cache.hits
-    for group in track(list(_groups(missing, adapter_name, config)), f"{config.method}: decomposing"):
-        _start_group(group, adapter_name, config, cache)
+    with side_by_side() as run:
+        for group in track(list(_groups(missing, adapter_name, config)), f"{config.method}: decomposing"):
+            _start_group(group, adapter_name, config, cache, run)
     if cache is not None:
         cache.finish(cache.hits - hits_before, len(missing))
 
@@ -91,36 +95,53 @@ def _copy_from_sibling(
 def _groups(
     layers: Iterable[tuple[str, Any]], adapter_name: str, config: AdditiveConfig
 ) -> Iterator[list[tuple[str, Any]]]:
-    """Layers of equal shape, rank and settings together, up to `_BATCH_BYTES`; at least one."""
-    budget = _BATCH_BYTES["cuda" if torch.cuda.is_available() else "cpu"]
+    """Layers of equal shape, rank and settings together, up to `_GROUP_BYTES`; at least one."""
     by_shape: dict[tuple, list[tuple[str, Any]]] = {}
     for name, layer in layers:
         own = name if config.chooses_rank(name) else None  # its rank may be no other layer's
         settings = (layer.r[adapter_name], layer.scaling[adapter_name], config.start_settings(name), own)
         by_shape.setdefault((layer.out_features, layer.in_features, *settings), []).append((name, layer))
-    for (out_features, in_features, *_), members in by_shape.items():
-        size = max(1, budget // (4 * out_features * in_features))
-        yield from (members[first : first + size] for first in range(0, len(members), size))
+    for members in by_shape.values():
+        yield from _chunks(members, _GROUP_BYTES)
+
+
+def _batches(group: list[tuple[str, Any]]) -> list[list[tuple[str, Any]]]:
+    """The layers of a group that are decomposed as one, up to `_BATCH_BYTES`; at least one."""
+    return _chunks(group, _BATCH_BYTES)
+
+
+def _chunks(layers: list[tuple[str, Any]], budgets: dict[str, int]) -> list[list[tuple[str, Any]]]:
+    """Layers of one shape in chunks of at most the budget of the device that decomposes; at least one."""
+    layer = layers[0][1]
+    size = max(1, budgets[_device() or "cpu"] // (4 * layer.out_features * layer.in_features))
+    return [layers[first : first + size] for first in range(0, len(layers), size)]
 
 
 def _start_group(
-    group: list[tuple[str, Any]], adapter_name: str, config: AdditiveConfig, cache: StartCache | None
+    group: list[tuple[str, Any]], adapter_name: str, config: AdditiveConfig, cache: StartCache | None, run: Map
 ) -> None:
-    """Start layers that are decomposed together, all from the cache or none."""
-    first, layer = group[0]
-    rank, scaling = layer.r[adapter_name], layer.scaling[adapter_name]
-    bases = [layer.get_base_layer() for _, layer in group]
-    with torch.no_grad(), gathered(bases):
-        keys = None if cache is None else start_keys(bases, config, first, rank, scaling, _device())
-        cached = None if cache is None or keys is None else cache.load(keys)
-        factors = _decompose(group, config, rank, scaling) if cached is None else cached
-    if cache is not None and keys is not None and cached is None:
-        cache.store(keys, factors)
-    for (name, layer), start in zip(group, factors, strict=True):
-        if config.chooses_rank(name):
-            _take_rank(name, layer, adapter_name, config, start.A.shape[-2])
-        layer.set_start(adapter_name, start)
-        _broadcast(layer, adapter_name)
+    """Start layers that are in memory together. Those of one batch are all taken from the cache, or none."""
+    rank, scaling = group[0][1].r[adapter_name], group[0][1].scaling[adapter_name]
+    batches = _batches(group)
+    with torch.no_grad(), gathered([layer.get_base_layer() for _, layer in group]):
+        keys = [_keys(batch, config, rank, scaling, cache) for batch in batches]
+        found = [None if cache is None or key is None else cache.load(key) for key in keys]
+        missing = [batch for batch, factors in zip(batches, found, strict=True) if factors is None]
+        weights = [[_read(name, layer) for name, layer in batch] for batch in missing]
+
+        def decompose(place: int) -> list[Factors]:
+            return _decompose(missing[place], weights[place], config, rank, scaling)
+
+        made = iter(run(decompose, range(len(missing))))
+    for batch, key, cached in zip(batches, keys, found, strict=True):
+        factors = next(made) if cached is None else cached
+        if cache is not None and key is not None and cached is None:
+            cache.store(key, factors)
+        for (name, layer), start in zip(batch, factors, strict=True):
+            if config.chooses_rank(name):
+                _take_rank(name, layer, adapter_name, config, start.A.shape[-2])
+            layer.set_start(adapter_name, start)
+            _broadcast(layer, adapter_name)
 
 
 def _take_rank(name: str, layer: Any, adapter_name: str, config: AdditiveConfig, rank: int) -> None:
@@ -132,14 +153,24 @@ def _take_rank(name: str, layer: Any, adapter_name: str, config: AdditiveConfig,
     layer.set_rank(adapter_name, rank)
 
 
-def _decompose(group: list[tuple[str, Any]], config: AdditiveConfig, rank: int, scaling: float) -> list[Factors]:
-    """The start of each layer of `group`, made in one batch."""
-    weights = [_read(name, layer) for name, layer in group]
+def _keys(
+    batch: list[tuple[str, Any]], config: AdditiveConfig, rank: int, scaling: float, cache: StartCache | None
+) -> list[StartKey] | None:
+    if cache is None:
+        return None
+    bases = [layer.get_base_layer() for _, layer in batch]
+    return start_keys(bases, config, batch[0][0], rank, scaling, _device())
+
+
+def _decompose(
+    batch: list[tuple[str, Any]], weights: list[Tensor], config: AdditiveConfig, rank: int, scaling: float
+) -> list[Factors]:
+    """The start of each layer of `batch` from its weight, made at once."""
     try:
         W = weights[0] if len(weights) == 1 else torch.stack(weights)
-        factors = config.start(W, rank, scaling, group[0][0])
+        factors = config.start(W, rank, scaling, batch[0][0])
     except WeightError:  # most often NaN or Inf: say in which layer
-        for (name, _), weight in zip(group, weights, strict=True):
+        for (name, _), weight in zip(batch, weights, strict=True):
             check_finite(weight, name)
         raise
     if len(weights) == 1:

@@ -1,29 +1,29 @@
-"""Orthonormal bases that hold the leading right singular vectors, and the projection onto them.
+"""Bases that hold the leading right singular vectors, and the projection onto them.
 
 Block Krylov: from `V_1 = orth(A^T G)`, `G` Gaussian, every `A^T A V_j` extends the basis `V`. All blocks
 are kept, so the basis holds every polynomial in `A^T A` applied to the start and not only the last power;
 for the same number of passes over `A` the error is far smaller than that of subspace iteration, and the
-blocks may be narrower than the rank. The products `A V` fall out on the way, and the best approximation
-within the basis is their SVD (Rayleigh-Ritz).
+blocks may be narrower than the rank. The products `P = A V` fall out on the way, `P^T P` is both the
+projection of `A^T A` and what the next block has in common with the basis, and the best approximation
+within the basis is the SVD of `P` (Rayleigh-Ritz).
 Musco & Musco, "Randomized block Krylov methods for stronger and faster approximate SVD" (NeurIPS 2015);
 Halko, Martinsson & Tropp, "Finding structure with randomness" (SIAM Review 2011) for subspace iteration.
 """
 
 from __future__ import annotations
 
-import math
-import sys
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from llmreg.errors import WeightError
-from llmreg.linalg.operators import LinearOperator
-from llmreg.linalg.orthonormal import cholesky_qr, orthonormalize
+from llmreg.linalg.operators import LinearOperator, ScaledOperator
+from llmreg.linalg.orthonormal import cholesky_qr, extend, largest_entry, one_round, orthonormalize
 from llmreg.linalg.sketch import gaussian_sketch
+from llmreg.linalg.stopping import EnergyStop, Spectrum
 
-__all__ = ["EnergyStop", "Projection", "krylov_projection", "leading_triplets", "start_block", "subspace_start"]
+__all__ = ["Projection", "krylov_projection", "leading_triplets", "start_block", "subspace_start"]
 
 # Below this ratio sigma_r / sigma_1 a float32 Gram matrix no longer tells the leading vectors apart.
 _GRAM_IS_SAFE = 1e-2
@@ -32,89 +32,60 @@ _GROWTH = 6
 
 
 class Projection(NamedTuple):
-    """`A V = scale P`: orthonormal `V (..., n, q)`, `P (..., m, q)`, `gram = P^T P` and `scale (..., 1, 1)`."""
+    """`A V = P`: nearly orthonormal `V (..., n, q)`, `P (..., m, q)`, `gram = P^T P` and its spectrum, if known."""
 
     V: Tensor
     P: Tensor
     gram: Tensor
-    scale: Tensor
+    spectrum: Spectrum | None = None
 
 
-class EnergyStop:
-    """Says when more blocks would not lower the residual of the best rank-`rank` approximation by much.
-
-    The energy `E_j` captured with j blocks is the sum of the leading `rank` eigenvalues of `P^T P`. What is
-    still to come is taken for the geometric series that the last two gains begin, and compared with the
-    residual `T_j = ||A||_F^2 - E_j`: stop once `to come / (2 T_j)`, the relative excess of the residual's
-    norm, is below `tolerance`. Convergence speeds up, so the true excess is smaller than this.
-
-    Args:
-        squared_norm: `||A||_F^2` of each matrix, or None where it is unknown; then the energy of the basis
-            beyond `rank` stands for `T_j`, which is too small and so on the safe side.
-    """
-
-    def __init__(self, rank: int, tolerance: float, squared_norm: Tensor | None) -> None:
-        self._rank = rank
-        self._tolerance = tolerance
-        self._squared_norms = None if squared_norm is None else squared_norm.reshape(-1).tolist()
-        self._energies: list[list[float]] = []
-
-    def __call__(self, gram: Tensor, scale: Tensor) -> bool:
-        """Whether to stop with the blocks whose Gram matrix, divided by `scale^2`, this is."""
-        columns = gram.shape[-1]
-        if columns <= self._rank:
-            self._energies.append(gram.diagonal(dim1=-2, dim2=-1).sum(-1).reshape(-1).tolist())
-            return False
-        # Numbers, not tensors: a dozen operations on a handful of values, and one transfer from a device.
-        spectra = torch.linalg.eigvalsh(gram).reshape(-1, columns).tolist()
-        self._energies.append([sum(values[-self._rank :]) for values in spectra])
-        if len(self._energies) < 3:
-            return False
-        rest = [sum(values[: -self._rank]) for values in spectra]
-        if self._squared_norms is not None:
-            squares = [value**2 for value in scale.reshape(-1).tolist()]
-            left = [n / s - e for n, s, e in zip(self._squared_norms, squares, self._energies[-1], strict=True)]
-            rest = [max(a, b) if math.isfinite(b) else a for a, b in zip(rest, left, strict=True)]
-        noise = 4 * torch.finfo(gram.dtype).eps
-        return all(
-            last - middle <= noise * last or _geometric_rest(first, middle, last) < 2 * self._tolerance * tail
-            for first, middle, last, tail in zip(*self._energies[-3:], rest, strict=True)
-        )
-
-
-def _geometric_rest(first: float, middle: float, last: float) -> float:
-    """What a sequence still gains if its gains go on shrinking as they did."""
-    ratio = min((last - middle) / max(middle - first, sys.float_info.min), 0.95)
-    return (last - middle) * ratio / (1 - ratio)
-
-
-def start_block(A: LinearOperator, width: int, generator: torch.Generator) -> Tensor:
+def start_block(A: LinearOperator, width: int, generator: torch.Generator) -> tuple[LinearOperator, Tensor]:
     """`orth(A^T G)`, `(..., n, width)`, with a Gaussian `G` that all members of a batch share; one pass.
+
+    Returns:
+        `A`, divided by the scale of its entries where squares of them would overflow or vanish, and the block.
 
     Raises:
         WeightError: the product is not finite (NaN or Inf in `A`, or an overflow).
     """
     sketch = gaussian_sketch(A.shape[-2], width, generator=generator, dtype=A.dtype, device=A.device)
-    Z, _ = _scaled(A.rmatmul(sketch.expand(*A.shape[:-2], *sketch.shape)))
-    return orthonormalize(Z, against=None, generator=generator)
+    Z = A.rmatmul(sketch.expand(*A.shape[:-2], *sketch.shape))
+    V = one_round(Z)
+    if V is not None:
+        return A, V
+    scale = largest_entry(Z)
+    return ScaledOperator(A, scale), orthonormalize(Z / scale, against=None, generator=generator)
 
 
 def subspace_start(A: LinearOperator, V: Tensor, iterations: int, *, generator: torch.Generator) -> Tensor:
-    """Subspace iteration, `V <- orth(A^T orth(A V))` (Halko et al. 2011, algorithm 4.4)."""
+    """Subspace iteration, `V <- orth(A^T orth(A V))` (Halko et al. 2011, algorithm 4.4).
+
+    The inner `orth` is left out as long as `A^T A V` is well conditioned, which is nearly always for a narrow `V`.
+    """
+    inner = False
     for _ in range(iterations):
-        P, _ = _scaled(A.matmul(V))
-        Z, _ = _scaled(A.rmatmul(orthonormalize(P, against=None, generator=generator)))
-        V = orthonormalize(Z, against=None, generator=generator)
+        P = A.matmul(V)
+        W = None if inner else one_round(A.rmatmul(P))
+        if W is None:
+            inner = True
+            W = _orthonormal(A.rmatmul(_orthonormal(P, generator)), generator)
+        V = W
     return V
+
+
+def _orthonormal(X: Tensor, generator: torch.Generator) -> Tensor:
+    Q = one_round(X)
+    return orthonormalize(X / largest_entry(X), against=None, generator=generator) if Q is None else Q
 
 
 def krylov_projection(
     A: LinearOperator, V: Tensor, blocks: int, *, generator: torch.Generator, stop: EnergyStop | None = None
 ) -> Projection:
-    """Grow the basis from an orthonormal start to `blocks * b` columns, in `2 blocks - 1` passes.
+    """Grow the basis from a nearly orthonormal start to `blocks * b` columns, in `2 blocks - 1` passes.
 
-    The basis is orthogonalised in full, twice, so nothing is lost when singular values converge. Where the
-    Krylov space is exhausted (low rank) it goes on in random directions.
+    Every block is orthogonalised against the whole basis, so nothing is lost when singular values converge. Where
+    the Krylov space is exhausted (low rank) it goes on in random directions.
 
     Args:
         V: the start, `(..., n, b)`.
@@ -124,62 +95,86 @@ def krylov_projection(
         WeightError: a product is not finite (NaN or Inf in `A`, or an overflow).
     """
     width = V.shape[-1]
-    *batch, m, n = A.shape
-    P, scale = _scaled(A.matmul(V))
-    basis, products, gram = V.new_empty(*batch, n, 0), V.new_empty(*batch, m, 0), V.new_empty(*batch, 0, 0)
+    P = A.matmul(V)
+    basis, products, gram = V[..., :0], P[..., :0], V.new_empty(*V.shape[:-2], 0, 0)
+    spectrum: Spectrum | None = None
     for block in range(blocks):
         start, end = block * width, (block + 1) * width
         if block % _GROWTH == 0:
             columns = min(blocks, block + _GROWTH) * width
-            basis, products = _with_columns(basis, columns), _with_columns(products, columns)
+            basis, products = _with_columns(basis, columns, like=V), _with_columns(products, columns, like=P)
             gram = _with_columns(_with_columns(gram, columns).mT, columns)
         if block:
-            V = orthonormalize(A.rmatmul(P / scale), against=basis[..., :start], generator=generator)
-            P = A.matmul(V) / scale
+            V = extend(A.rmatmul(P), basis[..., :start], gram[..., :start, start - width : start], generator=generator)
+            P = A.matmul(V)
         basis[..., start:end], products[..., start:end] = V, P
         new = products[..., :end].mT @ P
         gram[..., :end, start:end], gram[..., start:end, :end] = new, new.mT
-        if stop is not None and end < blocks * width and stop(gram[..., :end, :end], scale):
+        known = basis[..., :end], gram[..., :end, :end]
+        if stop is not None and end < blocks * width and stop(known[1], partial(ritz_spectrum, *known)):
+            spectrum = stop.spectrum
             break
-    return Projection(basis[..., :end], products[..., :end], gram[..., :end, :end], scale)
+    return Projection(basis[..., :end], products[..., :end], gram[..., :end, :end], spectrum)
 
 
-def _with_columns(X: Tensor, columns: int) -> Tensor:
-    """A copy of `X (..., m, k)` with room for `columns`; the new ones are not initialised."""
-    grown = X.new_empty(*X.shape[:-1], columns)
-    grown[..., : X.shape[-1]] = X
+def _with_columns(X: Tensor, columns: int, *, like: Tensor | None = None) -> Tensor:
+    """A copy of `X (..., m, k)` with room for `columns`, in the memory order of `like`; the new ones hold anything."""
+    *batch, rows, known = X.shape
+    if like is not None and like.stride(-2) == 1 and rows > 1:
+        grown = X.new_empty(*batch, columns, rows).mT
+    else:
+        grown = X.new_empty(*batch, rows, columns)
+    grown[..., :known] = X
     return grown
 
 
-def leading_triplets(projection: Projection, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading `rank` singular triplets of `A V V^T`, `(U, S, Vh)` with `S` descending.
+def ritz_spectrum(V: Tensor, gram: Tensor) -> Spectrum:
+    """Ritz values `(..., q)`, ascending, and vectors `E`: `E^T gram E` is diagonal and `V E` orthonormal.
 
-    In float32 the `rank` leading directions are picked by the Gram matrix `P^T P`, whose eigenproblem is
-    several times cheaper than an SVD, and then made exact by a QR and a small SVD of `P E` alone. Where the
-    Gram matrix would be too coarse for that (`sigma_r < sigma_1 / 100`, or float64) all of `P` takes the
-    QR and the SVD.
+    With `M = V^T V`, near the identity, they are the eigenvectors of `C gram C` times `C = M^{-1/2}`, which three terms
+    of its series give to a third of the cube of the distance.
     """
-    V, P, gram, scale = projection
-    picked: Tensor | None = None
-    if P.dtype != torch.float64:
-        eigenvalues, eigenvectors = torch.linalg.eigh(gram)
-        if bool((eigenvalues[..., -rank] > _GRAM_IS_SAFE**2 * eigenvalues[..., -1]).all()):
-            picked = eigenvectors[..., -rank:]
-            P = P @ picked
-    Q, R = cholesky_qr(P)
-    small_U, S, small_Vh = torch.linalg.svd(R.to(torch.float64), full_matrices=False)
-    small_V = small_Vh[..., :rank, :].mT.to(P.dtype)
-    V = V @ (small_V if picked is None else picked @ small_V)
-    return Q @ small_U[..., :rank].to(P.dtype), S[..., :rank].to(P.dtype) * scale.squeeze(-1), V.mT
+    M = V.mT @ V
+    C = M @ M * 0.375 - M * 1.25 if M.ndim > 2 else torch.addmm(M, M, M, beta=-1.25, alpha=0.375)
+    C.diagonal(dim1=-2, dim2=-1).add_(1.875)
+    values, vectors = torch.linalg.eigh(C @ gram @ C)
+    return values, C @ vectors
 
 
-def _scaled(X: Tensor) -> tuple[Tensor, Tensor]:
-    """`X / scale` with `scale = max |x|` of each matrix (1 for zero): squares neither overflow nor vanish."""
-    scale = X.abs().amax(dim=(-2, -1), keepdim=True)
-    if not bool(scale.isfinite().all()):
-        raise WeightError(
-            "The matrix contains NaN or Inf, or entries so large that a matrix product overflows in "
-            f"{X.dtype}; a decomposition needs finite input."
-        )
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return X / scale, scale
+def leading_triplets(projection: Projection, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading `rank` singular triplets of `A` within the span of `V`, `(U, S, Vh)` with `S` descending.
+
+    In float32 the `rank` leading directions are picked by the Gram matrix `P^T P`, whose eigenproblem is several times
+    cheaper than an SVD, and then made exact. Where the Gram matrix would be too coarse for that
+    (`sigma_r < sigma_1 / 100`, or float64) all of `P` takes a QR and an SVD.
+    """
+    if projection.P.dtype != torch.float64:
+        values, vectors = projection.spectrum or ritz_spectrum(projection.V, projection.gram)
+        if bool((values[..., -rank] > _GRAM_IS_SAFE**2 * values[..., -1]).all()):
+            return _picked_triplets(projection, values[..., -rank:], vectors[..., -rank:])
+    V, R = cholesky_qr(projection.V)
+    Q, T = cholesky_qr(torch.linalg.solve_triangular(R, projection.P, upper=True, left=False))
+    small_U, S, small_Vh = torch.linalg.svd(T.to(torch.float64), full_matrices=False)
+    dtype = Q.dtype
+    V = V @ small_Vh[..., :rank, :].mT.to(dtype)
+    return Q @ small_U[..., :rank].to(dtype), S[..., :rank].to(dtype), V.mT
+
+
+def _picked_triplets(projection: Projection, values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular triplets of `A` within the span of `V E`, for eigenvectors `E` of `P^T P`.
+
+    `Q = P E / sqrt(values)` is close to orthonormal whatever the spread of `values`, and so is `Y = V E = Y' R`. With
+    `K = sqrt(values) R^{-1}`, `A Y' = Q K` has the Gram matrix `K^T (Q^T Q) K`, whose eigenvectors, in float64, are the
+    right singular vectors within `Y'`.
+    """
+    lengths = values.sqrt().unsqueeze(-2)
+    Q, Y = projection.P @ (vectors / lengths), projection.V @ vectors
+    identity = torch.eye(values.shape[-1], dtype=torch.float64, device=Q.device)
+    R = torch.linalg.cholesky_ex((Y.mT @ Y).to(torch.float64))[0].mT
+    inverse = torch.linalg.solve_triangular(R, identity, upper=True)
+    K = lengths.mT * inverse
+    squares, turn = torch.linalg.eigh(K.mT @ (Q.mT @ Q).to(torch.float64) @ K)
+    squares, turn = squares.flip(-1), turn.flip(-1)
+    S = squares.sqrt()
+    U = Q @ (K @ turn / S.unsqueeze(-2)).to(Q.dtype)
+    return U, S.to(Q.dtype), (Y @ (inverse @ turn).to(Q.dtype)).mT

@@ -20,6 +20,7 @@ __all__ = [
     "LinearOperator",
     "MatrixOperator",
     "ProductOperator",
+    "ScaledOperator",
     "TransposedOperator",
     "as_operator",
     "compute_matrix",
@@ -27,7 +28,10 @@ __all__ = [
 
 
 class LinearOperator(Protocol):
-    """What the decompositions ask of a matrix `A` of `shape (..., m, n)`; leading dimensions are a batch."""
+    """What the decompositions ask of a matrix `A` of `shape (..., m, n)`; leading dimensions are a batch.
+
+    Products are new tensors: the caller may overwrite them.
+    """
 
     @property
     def shape(self) -> torch.Size: ...
@@ -197,6 +201,39 @@ class TransposedOperator:
 
     def squared_norm(self) -> Tensor | None:
         return self._operator.squared_norm()
+
+
+class ScaledOperator:
+    """`A / scale` of another operator, with one `scale (..., 1, 1)` for each matrix; divides the products."""
+
+    def __init__(self, operator: LinearOperator, scale: Tensor) -> None:
+        self._operator = operator
+        self.scale = scale
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._operator.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._operator.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._operator.device
+
+    def matmul(self, X: Tensor) -> Tensor:
+        return self._operator.matmul(X) / self.scale
+
+    def rmatmul(self, Y: Tensor) -> Tensor:
+        return self._operator.rmatmul(Y) / self.scale
+
+    def dense(self) -> Tensor:
+        return self._operator.dense() / self.scale
+
+    def squared_norm(self) -> Tensor | None:
+        norm = self._operator.squared_norm()
+        return None if norm is None else norm / self.scale[..., 0, 0].to(torch.float64) ** 2
 
 
 class InverseProductOperator:

@@ -16,6 +16,7 @@ from torch import Tensor
 from llmreg.errors import UnsupportedError, WeightError
 from llmreg.linalg.krylov import krylov_projection, start_block
 from llmreg.linalg.operators import InverseProductOperator, ProductOperator, TransposedOperator
+from llmreg.linalg.orthonormal import cholesky_qr
 from llmreg.linalg.signs import fix_signs
 from llmreg.linalg.sketch import make_generator
 from llmreg.linalg.svd import Triplets, check_rank
@@ -95,11 +96,12 @@ def _smallest_of_triangles(triangles: list[Tensor], rank: int, seed: int) -> Tri
     inverse = TransposedOperator(InverseProductOperator([_without_zeros(R) for R in triangles]))
     generator = make_generator(seed)
     try:
-        basis = krylov_projection(inverse, start_block(inverse, width, generator), _BLOCKS, generator=generator).V
+        basis = krylov_projection(*start_block(inverse, width, generator), _BLOCKS, generator=generator).V
     except WeightError:  # the input is finite, so a solve overflowed: too singular even for inverse iteration
         return _exact_tail(triangles, rank)
     if not bool(basis.isfinite().all()):
         return _exact_tail(triangles, rank)
+    basis, _ = cholesky_qr(basis)
     V = basis @ _tail_of(_apply(triangles, basis), rank)
     # K v loses the direction of u where sigma is near rounding, and K^{-T} v is nothing but u there; the
     # smallest goes first, so that QR takes its share out of the others.

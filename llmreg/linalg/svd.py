@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from llmreg.errors import UnsupportedError, WeightError
-from llmreg.linalg.krylov import EnergyStop, krylov_projection, leading_triplets, start_block, subspace_start
-from llmreg.linalg.operators import LinearOperator, TransposedOperator, as_operator
+from llmreg.linalg.krylov import krylov_projection, leading_triplets, start_block, subspace_start
+from llmreg.linalg.operators import LinearOperator, ScaledOperator, TransposedOperator, as_operator
 from llmreg.linalg.signs import fix_signs
 from llmreg.linalg.sketch import make_generator
+from llmreg.linalg.stopping import EnergyStop
 
 __all__ = ["SketchPlan", "check_rank", "exact_svd", "plan_sketch", "truncated_svd"]
 
@@ -25,8 +26,9 @@ Triplets = tuple[Tensor, Tensor, Tensor]
 # Up to this size a full SVD costs about as much as a basis that nearly fills the matrix.
 _SMALL = 256
 _MOST_BLOCKS = 12
-# Up to this size estimating the residual costs more than the blocks it could save.
-_UNTESTED, _UNTESTED_BLOCKS = 512, 6
+# Up to this size estimating the residual costs more than the blocks it could save, and an eigenproblem as much as
+# several products: the first blocks, which tell least, are not kept.
+_UNTESTED, _UNTESTED_POWERS, _UNTESTED_BLOCKS = 512, 2, 4
 _TOLERANCE = 3e-4
 _METHODS = ("randomized", "krylov", "subspace", "exact")
 
@@ -66,7 +68,7 @@ def plan_sketch(
     the final eigenproblem small. `krylov` keeps every power; with neither argument given its blocks are
     about as wide as the rank up to 32, half as wide above (at least 16 columns), and as many are made as
     the spectrum needs to bring the residual within 3e-4 of the optimum (`EnergyStop`), 12 at most (a matrix
-    whose shorter side is at most 512 gets 6, without an estimate); else
+    whose shorter side is at most 512 gets 2 power iterations and then 4, without an estimate); else
     there are `power_iterations + 1` of them with `rank + oversample` columns.
     Where an argument is missing it is `max(16, rank / 2)` and 4.
     """
@@ -149,7 +151,7 @@ def truncated_svd(
     if method != "exact":
         plan = plan_sketch(rank, oversample=oversample, power_iterations=power_iterations, method=method)
         if plan.tolerance is not None and min(A.shape[-2:]) <= _UNTESTED:
-            plan = plan._replace(blocks=_UNTESTED_BLOCKS, tolerance=None)
+            plan = plan._replace(power_iterations=_UNTESTED_POWERS, blocks=_UNTESTED_BLOCKS, tolerance=None)
         fitted = _fit(plan, min(A.shape[-2:]), rank)
         if fitted is not None:
             return _randomized_svd(A, rank, fitted, seed)
@@ -161,13 +163,15 @@ def truncated_svd(
 def _randomized_svd(A: LinearOperator, rank: int, plan: SketchPlan, seed: int) -> Triplets:
     """`truncated_svd` by a sketch; the bases start on the shorter side of `A`."""
     is_wide = A.shape[-2] < A.shape[-1]
-    tall = TransposedOperator(A) if is_wide else A
+    tall: LinearOperator = TransposedOperator(A) if is_wide else A
     generator = make_generator(seed)
-    V = start_block(tall, plan.width, generator)
+    tall, V = start_block(tall, plan.width, generator)
     V = subspace_start(tall, V, plan.power_iterations, generator=generator)
     stop = None if plan.tolerance is None else EnergyStop(rank, plan.tolerance, tall.squared_norm())
     projection = krylov_projection(tall, V, plan.blocks, generator=generator, stop=stop)
     U, S, Vh = leading_triplets(projection, rank)
+    if isinstance(tall, ScaledOperator):
+        S = S * tall.scale.squeeze(-1)
     if is_wide:
         U, Vh = Vh.mT, U.mT
     U, Vh = fix_signs(U, Vh)

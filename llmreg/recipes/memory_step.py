@@ -223,28 +223,30 @@ def _triton_as_torch(device: str, vocabulary: int) -> Iterator[None]:
 
 
 def simulate_start(model: nn.Module, adapter_name: str, config: Any, *, copied: bool, device: str) -> int:
-    """Peak bytes of starting an additive adapter's factors, one group of equal layers at a time.
+    """Peak bytes of starting an additive adapter's factors, one group of equal layers at a time, some side by side.
 
     Args:
         model: holds the injected layers, on the meta device.
         config: an `AdditiveConfig`. copied: reading a weight makes a float32 copy of it (another dtype or device).
         device: where the decomposition runs.
     """
-    from ..adapters.start import _groups, _layers  # the same batches as the real start, whatever its budget is
+    from ..adapters.side_by_side import at_once
+    from ..adapters.start import _batches, _groups, _layers  # the same as the real start's, whatever its budgets are
 
     peaks: dict[tuple[int, ...], int] = {}
     for group in _groups(_layers(model, adapter_name), adapter_name, config):
-        name, layer = group[0]
-        shape = (layer.out_features, layer.in_features)
+        (name, layer), batches = group[0], _batches(group)
+        shape, count = (layer.out_features, layer.in_features), len(batches[0])
         key = (*shape, layer.r[adapter_name], len(group))
         if key in peaks:
             continue
         rank, scaling = layer.r[adapter_name], layer.scaling[adapter_name]
         with FakeTensorMode(), _Values(), torch.no_grad():
-            stored = [torch.empty(shape, device=device) for _ in group]
-            with _LiveBytes([] if copied else stored) as memory:
-                weights = [torch.empty_like(weight) for weight in stored] if copied else stored
-                factors = config.start(weights[0] if len(group) == 1 else torch.stack(weights), rank, scaling, name)
-                peaks[key] = memory.peak
+            weights = [torch.empty(shape, device=device) for _ in range(count)]
+            with _LiveBytes(weights) as memory:
+                factors = config.start(weights[0] if count == 1 else torch.stack(weights), rank, scaling, name)
+                workspace = memory.peak
                 del factors, weights
+        copies = 4 * layer.out_features * layer.in_features * len(group) if copied else 0
+        peaks[key] = copies + workspace * at_once(len(batches))
     return max(peaks.values(), default=0)

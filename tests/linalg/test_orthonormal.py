@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from spectra import matrix_with_spectrum, orthonormality_error
 
+from llmreg.errors import WeightError
 from llmreg.linalg import cholesky_qr, fix_signs, gaussian_sketch, make_generator
-from llmreg.linalg.orthonormal import orthonormalize
+from llmreg.linalg.orthonormal import extend, one_round, orthonormalize
 
 LIMIT = {torch.float32: 3e-6, torch.float64: 1e-14}
 
@@ -76,6 +77,56 @@ def test_new_columns_are_orthonormal_to_each_other_and_to_the_basis(m, known_sha
     if kind == "random" and k < m - known:
         outside = X - basis @ (basis.mT @ X)
         assert (Q @ (Q.mT @ outside) - outside).abs().max() < 1e3 * LIMIT[dtype]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    m=st.integers(8, 120),
+    batch=st.sampled_from([(), (2,), (2, 3)]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    decades=st.sampled_from([0, 1, 2, 4, 9]),
+    scale=st.sampled_from([1.0, 1e-20, 1e15]),
+    seed=st.integers(0, 2**31),
+)
+def test_one_round_is_nearly_orthonormal_or_says_that_it_would_not_be(m, batch, dtype, decades, scale, seed):
+    spectrum = 10.0 ** -(torch.arange(6, dtype=torch.float64) * decades / 5)
+    X = matrix_with_spectrum(m, 6, spectrum, batch=batch, dtype=dtype, seed=seed) * scale
+    Q = one_round(X)
+    assert (Q is not None) or decades > 1 or scale != 1
+    if Q is not None:
+        assert orthonormality_error(Q) < 1e-2
+        assert (Q @ torch.linalg.lstsq(Q, X).solution - X).abs().max() < 1e3 * LIMIT[dtype]
+
+
+def test_one_round_refuses_what_has_no_cholesky_factor():
+    for X in (torch.zeros(6, 3), torch.ones(6, 3), torch.full((6, 3), float("nan")), torch.full((6, 3), float("inf"))):
+        assert one_round(X) is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    m=st.integers(12, 80),
+    batch=st.sampled_from([(), (2,)]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    outside=st.sampled_from([1.0, 1e-2, 1e-5, 0.0]),
+    seed=st.integers(0, 2**31),
+)
+def test_a_basis_is_extended_whatever_share_of_the_new_columns_lies_in_it(m, batch, dtype, outside, seed):
+    generator = torch.Generator().manual_seed(seed)
+    basis, _ = torch.linalg.qr(torch.randn(*batch, m, 5, generator=generator, dtype=dtype))
+    new = torch.randn(*batch, m, 4, generator=generator, dtype=dtype)
+    Z = basis @ torch.randn(*batch, 5, 4, generator=generator, dtype=dtype) + outside * (new - basis @ (basis.mT @ new))
+    Q = extend(Z.clone(), basis, basis.mT @ Z, generator=make_generator(seed))
+    assert orthonormality_error(torch.cat([basis, Q], dim=-1)) < 2e-2
+    both = torch.linalg.qr(torch.cat([basis, Q], dim=-1)).Q
+    assert (both @ (both.mT @ Z) - Z).abs().max() < 1e3 * LIMIT[dtype]
+
+
+def test_columns_that_are_not_finite_do_not_extend_a_basis():
+    basis = torch.eye(6)[:, :2]
+    Z = torch.full((6, 2), float("inf"))
+    with pytest.raises(WeightError, match="NaN or Inf"):
+        extend(Z, basis, basis.mT @ Z, generator=make_generator(0))
 
 
 def test_signs_make_the_largest_entry_of_each_left_vector_positive_and_keep_the_product():

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from llmreg.errors import LlmregError, UnsupportedError, WeightError
 from llmreg.linalg import MatrixOperator, ProductOperator, plan_sketch, truncated_svd
-from llmreg.linalg.krylov import krylov_projection
+from llmreg.linalg.krylov import krylov_projection, ritz_spectrum
 
 RANDOMIZED = ["krylov", "subspace"]
 METHODS = [*RANDOMIZED, "exact"]
@@ -167,6 +167,41 @@ def test_the_default_spends_as_many_blocks_as_the_spectrum_needs(monkeypatch):
     assert columns[0] < columns[1]
     truncated_svd(torch.stack([W, gaussian]), 16)
     assert columns[2] >= columns[1]
+
+
+def test_blocks_that_run_out_just_before_the_estimate_is_small_enough_all_count(monkeypatch):
+    """The spectrum that was computed for the last estimate is not taken for that of the whole basis."""
+    monkeypatch.setattr("llmreg.linalg.svd._MOST_BLOCKS", 5)
+    monkeypatch.setattr("llmreg.linalg.svd._TOLERANCE", 5e-5)
+    monkeypatch.setattr("llmreg.linalg.stopping._NEAR", 1e9)
+    W = matrix_with_spectrum(600, 560, power_law(560, 0.3), dtype=torch.float32)
+    U, S, Vh = truncated_svd(W, 16)
+    assert_is_svd(W, 16, U, S, Vh)
+    assert residual(W, U, S, Vh) <= 1.0005 * optimal_residual(W, 16)
+
+
+def test_ritz_vectors_are_orthonormal_though_the_basis_is_not_quite():
+    generator = torch.Generator().manual_seed(0)
+    V = torch.linalg.qr(torch.randn(200, 24, generator=generator, dtype=torch.float64)).Q
+    V = V @ (torch.eye(24) + 1e-3 * torch.randn(24, 24, generator=generator, dtype=torch.float64))
+    P = matrix_with_spectrum(150, 200, power_law(150)) @ V
+    values, vectors = ritz_spectrum(V, P.mT @ P)
+    assert orthonormality_error(V @ vectors) < 1e-6
+    torch.testing.assert_close((P @ vectors).square().sum(0), values, rtol=1e-5, atol=0)
+    exact = torch.linalg.svdvals(P @ torch.linalg.inv(torch.linalg.qr(V).R)).square().flip(0)
+    torch.testing.assert_close(values, exact, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(600, 560), (560, 600), (380, 380), (2, 380, 520)])
+@pytest.mark.parametrize("exponent", [0.3, 0.6])
+def test_the_residual_is_that_of_sixteen_power_iterations_or_lower(shape, exponent):
+    """The call of PEFT's `pissa_niter_16`, to 1e-4: where it is lower, both are well within the tolerance."""
+    *batch, m, n = shape
+    W = matrix_with_spectrum(m, n, power_law(min(m, n), exponent), batch=tuple(batch), dtype=torch.float32)
+    torch.manual_seed(0)
+    peer_U, peer_S, peer_V = torch.svd_lowrank(W, q=16, niter=16)
+    ours, peers = residual(W, *truncated_svd(W, 16)), residual(W, peer_U, peer_S, peer_V.mT)
+    assert bool((ours <= 1.0001 * peers).all())
 
 
 def test_small_matrices_reach_the_tolerance_without_estimating_the_residual():
