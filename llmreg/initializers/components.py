@@ -4,7 +4,7 @@ With the truncated decomposition `W ~ U_r diag(S_r) V_r^T`,
 
     A = V_r^T (r, in)       S = S_r (r,)       B = U_r (out, r)       so that   B diag(S) A = W_r.
 
-SORSA (Cao & Song 2024, arXiv 2409.00055, section 3) trains all three, SVFit (Sun et al. 2024, arXiv 2409.05926) `S`
+SORSA (arXiv 2409.00055, section 3) trains all three, SVFit (Sun et al. 2024, arXiv 2409.05926) `S`
 alone. The adapter's scaling does not enter: the base stays `W`, and either adapter adds a difference that starts at 0.
 """
 

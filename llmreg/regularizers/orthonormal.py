@@ -1,4 +1,4 @@
-"""SORSA's orthonormal regulariser (Cao & Song 2024, arXiv 2409.00055, section 3): singular vectors stay orthonormal.
+"""SORSA's orthonormal regulariser (arXiv 2409.00055, section 3): singular vectors stay orthonormal.
 
     R = || A A^T - I ||_F + || B^T B - I ||_F        summed over layers (the paper), or averaged over all factors
 
