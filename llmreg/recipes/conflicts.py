@@ -51,13 +51,21 @@ def check_adapter(recipe: Recipe, method: Method, config: Any) -> int:
             "lm_head cannot be a target: it is often tied to the embeddings and servers do not load it; remove it, or "
             "list it in modules_to_save to train a copy.",
         )
-    saved = method.saved_rank * max(ranks.values())
     if method.kind == "bone":
-        saved = _check_bone(recipe, config)
-    exported = min(saved, recipe.output.rank) if recipe.output.rank else saved
+        _check_bone(recipe, config)
+    exported = exported_rank(recipe, method, config)
     if recipe.output.serve == "vllm":
         _check_vllm(recipe, method, config, exported)
     return exported
+
+
+def exported_rank(recipe: Recipe, method: Method, config: Any) -> int:
+    """The largest rank in what is published."""
+    if getattr(config, "variant", None) == "mini" and (recipe.output.rank or recipe.output.dtype):
+        saved = min(config.r, config.mini_r)  # as LoRA
+    else:
+        saved = method.saved_rank * largest_rank(config)
+    return min(saved, recipe.output.rank) if recipe.output.rank else saved
 
 
 def largest_rank(config: Any) -> int:
@@ -69,8 +77,8 @@ def _ranks(config: Any) -> dict[str, Any]:
     return {"r": config.r, **(getattr(config, "rank_pattern", None) or {})}
 
 
-def _check_bone(recipe: Recipe, config: Any) -> int:
-    """Refuse to export what is no LoRA, and to serve what is not exported; returns the rank of the export."""
+def _check_bone(recipe: Recipe, config: Any) -> None:
+    """Refuse to export what is no LoRA, and to serve what is not exported."""
     output = recipe.output
     asked = next((name for name in ("rank", "dtype", "serve") if getattr(output, name)), None)
     if config.variant == "bat" and asked:
@@ -84,7 +92,6 @@ def _check_bone(recipe: Recipe, config: Any) -> int:
             ("output", "serve"),
             "vLLM serves LoRA, and bone is saved as PEFT MiSS; write output.rank, which exports one (exact at r).",
         )
-    return min(config.r, config.mini_r) if config.variant == "mini" and asked else config.r
 
 
 def _check_vllm(recipe: Recipe, method: Method, config: Any, exported: int) -> None:

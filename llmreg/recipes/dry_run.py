@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from ..hub.serving import served_rank
 from ..quiet import quiet
 from .base_model import base_dtype, name_or_path
 from .building import located_in_adapter
+from .chosen_ranks import choose_ranks
+from .conflicts import exported_rank
 from .data import load_training_data, located
 from .load import dump_recipe
 from .memory import MemoryEstimate, estimate, libraries_memory
@@ -109,6 +111,11 @@ def preview(recipe: Recipe) -> Preview:
             model = outline(name_or_path(recipe), revision=recipe.model.revision, task=task, num_labels=labels)
         with located_in_adapter(recipe, model):
             found = targets(model, settled.adapter)
+            adapted_layers = sorted({name for names in found.values() for name in names})
+            adapter, about_ranks = choose_ranks(
+                name_or_path(recipe), recipe.model.revision, model, settled.adapter, adapted_layers
+            )
+            settled = replace(settled, adapter=adapter)
             memory = estimate(
                 model,
                 settled.adapter,
@@ -120,11 +127,11 @@ def preview(recipe: Recipe) -> Preview:
                 libraries=libraries,
             )
             adapted = with_adapter(model, settled.adapter)
-        adapted_layers = sorted({name for names in found.values() for name in names})
-        notes += [f"{pattern} matches no layer." for pattern, names in found.items() if not names]
+        notes += [*about_ranks, *(f"{pattern} matches no layer." for pattern, names in found.items() if not names)]
         available = _available(gpu)
         if available is not None and memory.peak > available:
             notes.append("The peak is more than is free: lower the batch size or max_length, or quantise the base.")
+    published = exported_rank(recipe, settled.method, settled.adapter)
     exports = recipe.output.rank or recipe.output.dtype
     form = "plain LoRA" if exports else settled.method.saved_form
     return Preview(
@@ -138,7 +145,7 @@ def preview(recipe: Recipe) -> Preview:
         memory=memory,
         available=available,
         start_seconds=_start_seconds(settled, adapted),
-        exported_rank=settled.exported_rank,
+        exported_rank=published,
         vllm_rank=served_rank(settled.exported_rank) if form == "plain LoRA" else None,
         notes=(*notes, *memory.notes),
         form=form,
