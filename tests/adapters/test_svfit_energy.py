@@ -25,6 +25,7 @@ TARGETS = ["first", "second"]
 #: At 99 % of the squares `first` needs 1 component and `second` 3; of the sum, 2 and 3.
 SPECTRA = {"first": [10.0, 1.0, 0.1], "second": [5.0, 5.0, 5.0, 0.01]}
 RANKS = {"first": 1, "second": 3}
+RECORDED = {f"^{name}": rank for name, rank in RANKS.items()}
 
 
 @torch.no_grad()
@@ -104,7 +105,7 @@ def test_the_ranks_stand_in_the_live_config_and_not_in_the_caller_s():
     untouched = copy.deepcopy(mine)
     model = peft.get_peft_model(mlp(), mine)
     live = model.peft_config["default"]
-    assert live.rank_pattern == live.alpha_pattern == RANKS
+    assert live.rank_pattern == live.alpha_pattern == RECORDED
     assert (live.energy, live.svd) == (0.99, "exact")
     assert mine == untouched
     assert mine.rank_pattern == mine.alpha_pattern == {}
@@ -143,6 +144,8 @@ def test_a_rank_that_is_given_for_a_layer_is_kept():
     model = peft.get_peft_model(mlp(), config(rank_pattern={"second": 2}))
     assert ranks(model) == {"first": 1, "second": 2}
     assert scalings(model) == [1.0, 1.0]
+    model = peft.get_peft_model(mlp(), config(rank_pattern={"second": 2}, alpha_pattern={"second": 6}))
+    assert (ranks(model), scalings(model)) == ({"first": 1, "second": 2}, [1.0, 3.0])
 
 
 def test_a_rank_that_is_given_by_a_pattern_is_kept(tmp_path):
@@ -190,6 +193,7 @@ def test_ranks_of_layers_whose_names_end_alike_are_kept_apart(tmp_path):
         ({"energy": "most"}, "energy"),
         ({"energy_measure": "entropy"}, "energy_measure"),
         ({"r": 8}, r"energy=0.99 chooses .* leave r=8 out"),
+        ({"alpha_pattern": {"second": 3}}, "leave 'second' out of alpha_pattern, or give its rank"),
     ],
     ids=str,
 )
@@ -238,7 +242,7 @@ def test_reloading_takes_the_ranks_from_the_sidecar_and_decomposes_nothing(tmp_p
     model = move(peft.get_peft_model(mlp(), config()))
     model.save_pretrained(tmp_path)
     plain = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (plain["peft_type"], plain["rank_pattern"]) == ("LORA", RANKS)
+    assert (plain["peft_type"], plain["rank_pattern"]) == ("LORA", RECORDED)
     no_decomposition()
     again = peft.PeftModel.from_pretrained(mlp(), tmp_path, is_trainable=trainable)
     assert ranks(again) == RANKS
@@ -260,7 +264,7 @@ def test_a_reference_copy_takes_ranks_and_vectors_of_its_sibling(given, no_decom
     names = ("live config", "copy of the live config", "caller's config", "equal config")
     model.add_adapter("ref", dict(zip(names, configs, strict=True))[given])
     assert ranks(model, "ref") == RANKS
-    assert model.peft_config["ref"].rank_pattern == RANKS
+    assert model.peft_config["ref"].rank_pattern == RECORDED
     for layer in saved.additive_layers(model).values():
         for name in ("lora_A0", "lora_B0", "lora_S0"):
             assert torch.equal(getattr(layer, name)["ref"].weight, getattr(layer, name)["default"].weight)
