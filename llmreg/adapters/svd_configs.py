@@ -229,7 +229,8 @@ class SvfitConfig(_DecomposedConfig):
         alphas: dict[str, float] = {**(self.alpha_pattern or {}), _only(layer): alpha}
         self.rank_pattern, self.alpha_pattern = ranks, alphas
         assert self.r is not None
-        self.r = max(self.r, rank)
+        if rank > self.r:  # together, so that their quotient stays every layer's scaling
+            self.r, self.lora_alpha = rank, alpha
 
 
 def _only(layer: str) -> str:

@@ -99,17 +99,18 @@ def test_gradients_pass_gradcheck():
     assert gradcheck(lambda result, x, S: add_spectral(result, x, Vh, U, S, 0.7), leaves)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("input_needs_gradient", [False, True])
-def test_nothing_of_the_size_of_the_activations_is_kept_for_the_backward_pass(input_needs_gradient):
+def test_nothing_of_the_size_of_the_activations_is_kept_for_the_backward_pass(input_needs_gradient, dtype):
     """Of `x (N, in)`, `y (N, out)` and `V^T x (N, r)` only the last; plain LoRA, as a control, keeps `x`."""
     kept = {}
     for name, config in {
         "svfit": SvfitConfig(r=3, target_modules=["first"]),
         "lora": peft.LoraConfig(r=3, target_modules=["first"]),
     }.items():
-        layer = peft.get_peft_model(tiny_models.mlp(), config).base_model.model.first.train()
+        layer = peft.get_peft_model(tiny_models.mlp(dtype), config).base_model.model.first.train()
         shapes = kept[name] = set()
-        x = torch.randn(2, 23, 20, requires_grad=input_needs_gradient)
+        x = torch.randn(2, 23, 20, dtype=tiny_models.FLOATS[dtype], requires_grad=input_needs_gradient)
         with torch.autograd.graph.saved_tensors_hooks(lambda t, seen=shapes: seen.add(t.numel()) or t, lambda t: t):
             layer(x).sum().backward()
     assert 46 * 20 in kept["lora"]

@@ -13,11 +13,13 @@ import tiny_models
 import torch
 from torch import nn
 
+import llmreg
 from llmreg import SorsaConfig, SvfitConfig
 from llmreg.adapters import start
 from llmreg.adapters.start_cache import contents, use_starts
 from llmreg.errors import UnsupportedError
 from llmreg.hub.sidecar import SIDECAR_NAME
+from llmreg.hub.vllm import check_vllm
 from llmreg.initializers import rank_of_energy
 from llmreg.weights import read_weight
 
@@ -122,7 +124,10 @@ def test_the_ranks_stand_in_the_live_config_and_not_in_the_caller_s():
 def test_the_scaling_does_not_depend_on_the_chosen_rank(settings, scaling, tmp_path):
     model = move(peft.get_peft_model(mlp(), config(**settings)))
     assert scalings(model) == [scaling] * 2
+    live = model.peft_config["default"]
+    assert (live.r, live.lora_alpha / (3**0.5 if live.use_rslora else 3)) == (3, pytest.approx(scaling))
     model.save_pretrained(tmp_path)
+    assert check_vllm(tmp_path) == [], "one scaling for all layers is what it can serve"
     assert scalings(peft.PeftModel.from_pretrained(mlp(), tmp_path)) == pytest.approx([scaling] * 2)
     (tmp_path / SIDECAR_NAME).unlink()
     plain = peft.PeftModel.from_pretrained(mlp(), tmp_path)
@@ -182,6 +187,15 @@ def test_ranks_of_layers_whose_names_end_alike_are_kept_apart(tmp_path):
     assert torch.equal(again(x), model(x))
     (tmp_path / SIDECAR_NAME).unlink()
     plain = peft.PeftModel.from_pretrained(Nested(), tmp_path)
+    torch.testing.assert_close(plain(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+def test_so_are_they_in_an_export_that_recompresses(tmp_path):
+    x = tiny_models.inputs()
+    model = move(peft.get_peft_model(Nested(), config(target_modules=["first"])))
+    model.save_pretrained(tmp_path / "adapter")
+    llmreg.export_lora(tmp_path / "adapter", tmp_path / "export", rank=8)
+    plain = peft.PeftModel.from_pretrained(Nested(), tmp_path / "export")
     torch.testing.assert_close(plain(x), model(x), atol=1e-5, rtol=1e-5)
 
 

@@ -88,6 +88,17 @@ def test_any_shape_and_rank_gives_orthonormal_factors_of_the_principal_part(out,
     torch.testing.assert_close(factors.B.T @ factors.B, eye, atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("svd", ["exact", "randomized"])
+@pytest.mark.parametrize("values", [[3.0, 1.0], [0.0]], ids=["rank 2", "zero"])
+@pytest.mark.parametrize("shape", [(40, 56), (512, 300), (300, 512)])
+def test_the_factors_of_a_weight_without_full_rank_are_orthonormal_too(shape, values, svd):
+    factors = singular_components(with_spectrum(values, *shape, dtype=torch.float32), 6, svd=svd)
+    for rows in (factors.A, factors.B.T):
+        assert (rows @ rows.T - torch.eye(6)).norm() < 1e-5
+    spectrum = torch.tensor([*values, *[0.0] * 6])[:6]
+    torch.testing.assert_close(factors.singular_values, spectrum, atol=1e-5, rtol=0)
+
+
 def test_a_rank_larger_than_the_weight_is_refused():
     with pytest.raises(ValueError, match="13"):
         singular_components(decaying(12, 20), 13)
