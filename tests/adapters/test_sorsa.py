@@ -342,6 +342,9 @@ def test_a_live_adapter_takes_the_saved_tensors_alone_as_the_same_function(train
     stored = peft.get_peft_model_state_dict(trained)
     fresh = wrap(saved.load_base(base), LINEAR, lora_alpha=6, rank_pattern={"v_proj": 3})
     peft.set_peft_model_state_dict(fresh, stored)
+    for name, layer in saved.additive_layers(fresh).items():
+        start = saved.additive_layers(trained)[name].lora_S0["default"].weight
+        torch.testing.assert_close(layer.lora_S0["default"].weight, start, atol=1e-5, rtol=0)
     expected = tiny_models.logits(trained, tokens)
     torch.testing.assert_close(tiny_models.logits(fresh, tokens), expected, atol=2e-5, rtol=1e-5)
 
