@@ -170,6 +170,12 @@ class SvfitConfig(_DecomposedConfig):
             raise UnsupportedError(f"energy is a share in (0, 1], for example 0.99, got {self.energy!r}.")
         if self.r is not None and self.r != 1 and not self.rank_pattern:
             raise UnsupportedError(f"energy={self.energy} chooses each layer's rank; leave r={self.r} out.")
+        alone = sorted((self.alpha_pattern or {}).keys() - (self.rank_pattern or {}).keys())
+        if alone:
+            raise UnsupportedError(
+                f"energy={self.energy} chooses each layer's rank at one lora_alpha / r for all; leave {alone[0]!r} out "
+                "of alpha_pattern, or give its rank in rank_pattern."
+            )
 
     def saved_config(self) -> LoraConfig:
         if self.storage == "lora":
@@ -179,7 +185,8 @@ class SvfitConfig(_DecomposedConfig):
         return config
 
     def chooses_rank(self, layer: str) -> bool:
-        return self.energy is not None and layer not in (self.rank_pattern or {})
+        ranks = self.rank_pattern or {}
+        return self.energy is not None and get_pattern_key(list(ranks), layer) not in ranks
 
     def slices_of(self, layer: str) -> int:
         """In how many row blocks a layer is decomposed."""
@@ -202,7 +209,8 @@ class SvfitConfig(_DecomposedConfig):
             )
 
     def start_settings(self, layer: str = "") -> tuple:
-        chosen = (self.energy, self.energy_measure) if self.chooses_rank(layer) else ()
+        by_energy = self.chooses_rank(layer) or (self.energy is not None and _only(layer) in (self.rank_pattern or {}))
+        chosen = (self.energy, self.energy_measure) if by_energy else ()
         return (*super().start_settings(layer), self.slices_of(layer), *chosen)
 
     def start(self, W: Any, rank: int, scaling: float, layer: str = "") -> Factors:
@@ -227,8 +235,14 @@ class SvfitConfig(_DecomposedConfig):
                 f"energy={self.energy} chooses rank {rank} of {min(shape)} for layer {layer!r}, whose frozen vectors "
                 f"would take {share:.0%} of the layer's size; write allow_large=True, lower energy, or give r."
             )
-        ranks: dict[str, int] = {**(self.rank_pattern or {}), layer: rank}  # type: ignore[has-type]
-        alphas: dict[str, float] = {**(self.alpha_pattern or {}), layer: alpha}
+        ranks: dict[str, int] = {**(self.rank_pattern or {}), _only(layer): rank}  # type: ignore[has-type]
+        alphas: dict[str, float] = {**(self.alpha_pattern or {}), _only(layer): alpha}
         self.rank_pattern, self.alpha_pattern = ranks, alphas
         assert self.r is not None
-        self.r = max(self.r, rank)
+        if rank > self.r:  # together, so that their quotient stays every layer's scaling
+            self.r, self.lora_alpha = rank, alpha
+
+
+def _only(layer: str) -> str:
+    """The pattern of this layer alone; without the anchor PEFT takes it for every name that ends like it."""
+    return f"^{layer}"
