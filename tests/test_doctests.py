@@ -29,5 +29,5 @@ def test_the_examples_of_a_module_run(name):
 
 
 def test_there_are_examples_where_people_look_first():
-    for name in ("llmreg.linalg.svd", "llmreg.adapters.config", "llmreg.recipes.load", "llmreg.methods"):
+    for name in ("llmreg.linalg.svd", "llmreg.adapters.svd_configs", "llmreg.recipes.load", "llmreg.methods"):
         assert examples(name), name

@@ -39,7 +39,7 @@ def test_every_additive_config_has_a_row():
 
 def test_an_unknown_method_names_the_nearest():
     with pytest.raises(
-        RecipeError, match=r"there is no method 'PISA'; did you mean 'pissa'\? Known methods: pissa, lora"
+        RecipeError, match=r"there is no method 'PISA'; did you mean 'pissa'\? Known methods: pissa, sorsa"
     ):
         methods.get_method("PISA")
 

@@ -68,7 +68,8 @@ class AdditiveConfig(LoraConfig):
 
     Args:
         lora_alpha: `s = lora_alpha / r` (or `/ sqrt(r)` with rsLoRA); default each layer's rank, so `s = 1` as in
-            the papers.
+            the papers (with rsLoRA `sqrt(r)`); with an `alpha_pattern`, `r` for the layers that it does not name.
+        rank_pattern, alpha_pattern: as in PEFT, where the first match counts; here in sorted order, as saved.
         method: name in `llmreg methods`; set by the class.
         seed: of the initialiser's own random generator.
         exact_unmerge: keep a copy of each merged layer's weight, so that unmerging is bit-exact (costs the memory
@@ -80,6 +81,7 @@ class AdditiveConfig(LoraConfig):
     seed: int = field(default=0, metadata={"help": "seed of the initialiser's own generator"})
     exact_unmerge: bool = field(default=False, metadata={"help": "keep merged layers' weights to unmerge bit-exactly"})
 
+    rank_pattern: dict[str, int] | None = field(default_factory=dict, metadata={"help": "r by layer name"})
     alpha_pattern: dict[str, float] | None = field(default_factory=dict, metadata={"help": "lora_alpha by layer name"})
 
     METHOD: ClassVar[str] = ""
@@ -104,8 +106,10 @@ class AdditiveConfig(LoraConfig):
     def __post_init__(self) -> None:
         if self.lora_alpha is None:
             self.lora_alpha = self.r
-            given: dict[str, float] = self.alpha_pattern or {}
-            self.alpha_pattern = {**(self.rank_pattern or {}), **given}
+            self.alpha_pattern = self.alpha_pattern or dict(self.rank_pattern or {})
+        # PEFT writes patterns sorted and takes the first that matches: unsorted, a reloaded adapter would be another.
+        self.rank_pattern = dict(sorted((self.rank_pattern or {}).items()))
+        self.alpha_pattern = dict(sorted((self.alpha_pattern or {}).items()))
         self._check_numbers()
         self._refuse_fields()
         super().__post_init__()

@@ -235,9 +235,9 @@ class SvfitConfig(_DecomposedConfig):
                 f"energy={self.energy} chooses rank {rank} of {min(shape)} for layer {layer!r}, whose frozen vectors "
                 f"would take {share:.0%} of the layer's size; write allow_large=True, lower energy, or give r."
             )
-        ranks: dict[str, int] = {**(self.rank_pattern or {}), _only(layer): rank}  # type: ignore[has-type]
+        ranks: dict[str, int] = {**(self.rank_pattern or {}), _only(layer): rank}
         alphas: dict[str, float] = {**(self.alpha_pattern or {}), _only(layer): alpha}
-        self.rank_pattern, self.alpha_pattern = ranks, alphas
+        self.rank_pattern, self.alpha_pattern = dict(sorted(ranks.items())), dict(sorted(alphas.items()))
         assert self.r is not None
         if rank > self.r:  # together, so that their quotient stays every layer's scaling
             self.r, self.lora_alpha = rank, alpha

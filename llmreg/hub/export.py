@@ -168,7 +168,8 @@ def _recompress_all(
         ranks[layer] = A.shape[0]
     largest = max(ranks.values(), default=rank)
     config.r, config.lora_alpha, config.use_rslora = largest, largest, False
-    config.rank_pattern = {layer: kept for layer, kept in ranks.items() if kept != largest}
+    # Anchored: PEFT takes a bare name for every layer whose name ends like it.
+    config.rank_pattern = {f"^{layer}": kept for layer, kept in ranks.items() if kept != largest}
     config.alpha_pattern = dict(config.rank_pattern)
     return config, out, errors
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 from torch import nn
@@ -29,24 +30,28 @@ def choose_ranks(
         return adapter, []
     folder = _folder(name_or_path, revision)
     if folder is None or not any(file.suffix == ".safetensors" for file in weight_files(folder)):
-        note = "The ranks depend on the weights, which are not on this machine; each may reach its layer's smaller side."
+        note = (
+            "The ranks depend on the weights, which are not on this machine; each may reach its layer's smaller side."
+        )
         return adapter, [note]
     chosen, source = copy.copy(adapter), SafetensorsSource(folder)
     chosen.allow_large = True
-    large, kept, whole = 0, 0, 0
+    ranks, large, kept, whole = [], 0, 0, 0
     for layer in layers:
         module: Any = model.get_submodule(layer)
         W = source.read_weight_of(layer)
         if not isinstance(module, nn.Linear):  # Conv1D keeps (in, out)
             W = W.t()
+        if not adapter.chooses_rank(layer):
+            continue
         slices = adapter.slices_of(layer)
         rank = slices * adapter.rank_for(W, slices)
         chosen.accept_rank(layer, tuple(W.shape), rank, rank**0.5 if adapter.use_rslora else rank)
+        ranks.append(rank)
         kept, whole = kept + rank * sum(W.shape), whole + W.numel()
         large += rank * sum(W.shape) > 0.25 * W.numel()
-    ranks = sorted(chosen.rank_pattern[layer] for layer in layers)
     notes = [
-        f"energy={adapter.energy} chooses ranks {ranks[0]} to {ranks[-1]} (median {ranks[len(ranks) // 2]}); the frozen "
+        f"energy={adapter.energy} chooses ranks {min(ranks)} to {max(ranks)} (median {median_low(ranks)}); the frozen "
         f"vectors hold {kept:,} values, {kept / whole:.0%} of the adapted layers."
     ]
     if large and not adapter.allow_large:

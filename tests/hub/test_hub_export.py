@@ -58,13 +58,13 @@ def _update_error(model, folder):
     return (dropped / whole) ** 0.5
 
 
-def test_export_without_rank_is_the_saved_form_to_the_bit(trained, base, tmp_path, tokens):
+def test_export_without_rank_is_the_saved_form_to_the_bit(method, trained, base, tmp_path, tokens):
     report = llmreg.export_lora(tmp_path / "adapter", tmp_path / "out")
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     exported = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert tensors.keys() == exported.keys()
     assert all(torch.equal(tensors[key], exported[key]) for key in tensors)
-    assert (report.rank, report.relative_error) == (12, 0.0)
+    assert (report.rank, report.relative_error) == (6 * method.SAVED_RANK, 0.0)
     assert saved.files(tmp_path / "out") == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     loaded = _load(base, tmp_path / "out")
     assert type(loaded.peft_config["default"]) is LoraConfig

@@ -242,3 +242,20 @@ def test_plain_lora_saved_over_an_older_adapter_loads_as_itself(trained, base, t
     plain.save_pretrained(folder)
     loaded = PeftModel.from_pretrained(saved.load_base(base), folder)
     assert torch.equal(saved.outputs(loaded, tokens), saved.outputs(plain, tokens))
+
+
+def test_overlapping_patterns_mean_after_reloading_what_they_meant_before(method, base, tmp_path, tokens):
+    """PEFT takes the first pattern that matches, and writes them sorted."""
+    config = method(
+        r=4,
+        lora_alpha=4,
+        target_modules=LINEAR,
+        rank_pattern={"v_proj": 2, "layers.0.self_attn.v_proj": 3},
+        alpha_pattern={"v_proj": 1, "layers.0.self_attn.v_proj": 9},
+    )
+    model = saved.drift(peft.get_peft_model(saved.load_base(base), config), size=0.05)
+    model.save_pretrained(tmp_path / "adapter")
+    _same(PeftModel.from_pretrained(saved.load_base(base), tmp_path / "adapter"), model, tokens)
+    (tmp_path / "adapter" / "llmreg.json").unlink()
+    plain = PeftModel.from_pretrained(saved.load_base(base), tmp_path / "adapter")
+    assert saved.relative(saved.outputs(plain, tokens), saved.outputs(model, tokens)) <= 1e-6

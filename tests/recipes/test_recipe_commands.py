@@ -6,8 +6,10 @@ import json
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 
+from llmreg import SvfitConfig, pocket
 from llmreg.errors import AdapterFileError, RecipeError
 from llmreg.recipes import evaluate, load_recipe, prepare_starts, preview, recipe_schema, run
 from llmreg.recipes.starting import clear_starts, list_starts
@@ -186,3 +188,29 @@ def test_a_dry_run_lists_targets_pattern_by_pattern_and_refuses_none_at_all():
 def test_a_dry_run_downloads_nothing():
     with pytest.raises(RecipeError, match="a dry run downloads nothing; fetch it with `hf download owner/name"):
         preview(load_recipe(QUICKSTART, ["model.name=owner/name"]))
+
+
+def test_a_dry_run_says_which_ranks_energy_would_choose(tmp_path):
+    text = VALID_ENERGY.format(folder=tmp_path / "run", settings="energy: 0.9")
+    (tmp_path / "recipe.yaml").write_text(text)
+    found = preview(load_recipe(tmp_path / "recipe.yaml"))
+    assert any("energy=0.9 chooses ranks" in note for note in found.notes)
+    assert any("allow_large" in note for note in found.notes), "on the pocket model they pass a quarter"
+    assert found.exported_rank > 16
+    model = peft.get_peft_model(
+        pocket.load_model(), SvfitConfig(energy=0.9, allow_large=True, target_modules="all-linear")
+    )
+    live = model.peft_config["default"]
+    assert found.exported_rank == max(live.rank_pattern.values())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert found.parameters.trainable == trained
+
+
+VALID_ENERGY = """
+model: {{name: pocket}}
+task: sft
+data: {{train: pocket/word-problems}}
+adapter: {{method: svfit, {settings}, target_modules: all-linear}}
+training: {{max_steps: 1, max_length: 64}}
+output: {{dir: {folder}}}
+"""

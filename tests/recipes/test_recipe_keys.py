@@ -100,7 +100,7 @@ def test_what_a_recipe_does_not_set_says_what_to_write_instead(complaint, overri
 
 def test_an_unknown_method_is_named_with_the_nearest(complaint):
     message = complaint("adapter.method=pisa")
-    assert "there is no method 'pisa'; did you mean 'pissa'? Known methods: pissa, lora" in message
+    assert "there is no method 'pisa'; did you mean 'pissa'? Known methods: pissa, sorsa" in message
 
 
 def test_overrides_replace_add_and_create(recipe_file):
