@@ -79,7 +79,8 @@ class _AddDifference(torch.autograd.Function):
         with without_autocast(x.device):
             down, up = concatenate(A, B, A0, B0, S, S0)
             hidden = x @ down.to(x.dtype).t()
-            ctx.save_for_backward(x, hidden[:, : A.shape[0]], A, B, S, A0, B0, S0)
+            # a copy, as a view would keep all of `hidden`
+            ctx.save_for_backward(x, hidden[:, : A.shape[0]].contiguous(), A, B, S, A0, B0, S0)
             ctx.scaling = scaling
             up = up.to(x.dtype)
             if result.dtype == x.dtype:
