@@ -68,19 +68,23 @@ class OrthonormalRegularizer:
         return total / len(terms) if self.reduction == "mean" else total
 
     @torch.no_grad()
-    def gradient(self, factor: Tensor, count: int) -> Tensor:
+    def gradient(self, factor: Tensor, count: int, *, rows: bool = True) -> Tensor:
         """`dR / d factor`, in closed form and the factor's dtype; computed in float32 at least.
 
         Args:
-            factor: `(r, n)`. count: number of factors that `R` is taken over.
+            factor: `(r, n)`, or with `rows=False` one whose columns should be orthonormal, `(n, r)`.
+            count: number of factors that `R` is taken over.
         """
         exact = factor.to(torch.promote_types(factor.dtype, torch.float32))
-        deviation = _deviation(exact)
-        slope = 4.0 if self.squared else 2.0 / deviation.norm()
-        if not self.squared and not deviation.any():
-            return torch.zeros_like(factor)
-        gradient = slope * (deviation @ exact)
-        return (gradient / count if self.reduction == "mean" else gradient).to(factor.dtype)
+        gram = exact @ exact.mT if rows else exact.mT @ exact
+        gram.diagonal(dim1=-2, dim2=-1).sub_(1)
+        parts = count if self.reduction == "mean" else 1
+        if self.squared:
+            gram.mul_(4 / parts)
+        else:  # without a question that a GPU would have to be waited for
+            norm = gram.norm()
+            gram.mul_(torch.where(norm > 0, 2 / norm, torch.zeros_like(norm)) / parts)
+        return (gram @ exact if rows else exact @ gram).to(factor.dtype)
 
 
 def _deviation(factor: Tensor) -> Tensor:

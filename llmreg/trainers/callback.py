@@ -99,7 +99,7 @@ class RegularizerCallback(TrainerCallback):
             if term.regularizer.decoupled:
                 for parameter, rows in term.factors:
                     step = term.regularizer.weight * rates.get(id(parameter), 0.0)
-                    parameter.sub_(step * _gradient(term, parameter, rows))
+                    parameter.sub_(_gradient(term, parameter, rows), alpha=step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs is None or "loss" not in logs:  # an evaluation, or the summary at the end
@@ -142,9 +142,7 @@ class RegularizerCallback(TrainerCallback):
 
 
 def _gradient(term: _Term, parameter: nn.Parameter, rows: bool) -> Tensor:
-    matrix = parameter.detach() if rows else parameter.detach().mT
-    gradient = term.regularizer.gradient(matrix, len(term.factors))
-    return gradient if rows else gradient.mT
+    return term.regularizer.gradient(parameter.detach(), len(term.factors), rows=rows)
 
 
 def _terms(model: Any, given: Sequence[OrthonormalRegularizer] | None) -> Iterator[_Term]:

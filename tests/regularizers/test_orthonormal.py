@@ -43,6 +43,13 @@ def test_the_closed_form_gradient_is_autograd_s(squared, reduction):
     assert torch.autograd.gradcheck(lambda *given: regularizer.loss(given), factors)
 
 
+def test_a_factor_of_columns_has_the_transposed_gradient():
+    factor = random_factors()[0]
+    regularizer = OrthonormalRegularizer()
+    expected = regularizer.gradient(factor, 2).mT
+    torch.testing.assert_close(regularizer.gradient(factor.mT, 2, rows=False), expected, atol=1e-12, rtol=1e-12)
+
+
 def test_the_mean_is_the_paper_s_sum_over_the_number_of_factors():
     factors = random_factors()
     ratio = OrthonormalRegularizer(reduction="sum").loss(factors) / OrthonormalRegularizer().loss(factors)

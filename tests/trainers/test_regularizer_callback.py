@@ -111,7 +111,7 @@ def test_the_decoupled_step_follows_the_learning_rate_schedule(tmp_path):
         def on_optimizer_step(self, args, state, control, **kwargs):
             before = {id(p): p.detach().clone() for term in self._terms for p, _ in term.factors}
             gradients = {
-                id(p): term.regularizer.gradient(p.detach() if rows else p.detach().mT, len(term.factors)).norm()
+                id(p): term.regularizer.gradient(p.detach(), len(term.factors), rows=rows).norm()
                 for term in self._terms
                 for p, rows in term.factors
             }
