@@ -33,7 +33,6 @@ RATES = {
     "pocket-lora": (1e-3, 2e-3, 3e-3, 5e-3),
     "pocket-nf4": (1e-3, 1.5e-3, 2e-3),
     "pocket-sorsa": (5e-4, 1e-3, 1.5e-3, 2e-3, 3e-3),
-    "pocket-svfit": (1e-2, 3e-2, 1e-1),
 }
 SEEDS = (0, 1, 2)
 

@@ -142,7 +142,7 @@ _ROWS = (
         cost="One truncated SVD a layer before training, frozen vectors of r (in + out) values a layer in the base's "
         "dtype, less activation memory than LoRA (inputs are not kept), and a learning rate far above LoRA's.",
         defaults={"r": 64, "lora_alpha": "r", "svd": "randomized", "storage": "lora"},
-        recipe="recipes/pocket-svfit.yaml",
+        recipe="recipes/pocket-classification-svfit.yaml",
         saved_rank=1,
     ),
     Method(
