@@ -21,7 +21,8 @@ from ..errors import UnsupportedError, WeightError
 from ..weights import dequantize, gathered, is_sharded, read_weight, storage_of
 from .bone_config import BoneConfig
 from .bone_function import add_bat, add_shared, bat_delta, bat_linear, shared_delta
-from .bone_merge import copy_weight, merged, put_back, store, unmerged
+from .bone_merge import merged, store, unmerged
+from .kept_weight import copy_weight, put_back
 from .loading import exact_factors
 
 __all__ = ["BoneLayer", "block_shape"]

@@ -11,18 +11,17 @@ greatest common divisor of the adapters' block sizes: unmerging solves one `L x 
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import WeightError
 from ..weights import requantize
 from .bone_function import bat_delta, shared_delta
 
-__all__ = ["copy_weight", "merged", "put_back", "store", "unmerged"]
+__all__ = ["merged", "store", "unmerged"]
 
 #: Elements of the systems that are solved at a time.
 _SYSTEMS = 1 << 22
@@ -102,21 +101,3 @@ def store(base: Any, W: Tensor, name: str) -> None:
         base.quant_state = parameter.quant_state
     elif getattr(base, "state", None) is not None:  # bitsandbytes took the old scales there at the first forward
         base.state.CB, base.state.SCB = parameter.data, parameter.SCB
-
-
-def copy_weight(base: nn.Module) -> tuple[Any, Any]:
-    """The weight as it is stored, and bitsandbytes' int8 state where there is one."""
-    return copy.deepcopy(base.weight), copy.deepcopy(getattr(base, "state", None))
-
-
-def put_back(base: Any, kept: tuple[Any, Any]) -> None:
-    """Undo every `store` since `copy_weight`, bit for bit."""
-    weight, state = kept
-    if state is None and not hasattr(weight, "quant_state"):
-        base.weight.data = weight.data
-        return
-    base.weight = weight
-    if hasattr(weight, "quant_state"):
-        base.quant_state = weight.quant_state
-    if state is not None:
-        base.state = copy.copy(state)

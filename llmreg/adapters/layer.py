@@ -7,7 +7,6 @@ additive, of several forms, and others plain LoRA.
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 import sys
@@ -22,6 +21,7 @@ from ..errors import UnsupportedError
 from ..initializers import Factors
 from .config import AdditiveConfig
 from .forms import CONTAINERS, FORMS, Form
+from .kept_weight import copy_weight, put_back
 from .loading import exact_factors
 
 __all__ = ["AdditiveLayer", "AdditiveLinear", "additive_class", "downgrade", "upgrade"]
@@ -149,7 +149,7 @@ class AdditiveLayer:
 
     def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         if self._exact_unmerge and not self.merged:  # whichever adapter is merged first
-            self._kept_weight = _copy_storage(self.get_base_layer())
+            self._kept_weight = copy_weight(self.get_base_layer())
         try:
             super().merge(safe_merge=safe_merge, adapter_names=adapter_names)  # type: ignore[misc]
         finally:
@@ -164,7 +164,7 @@ class AdditiveLayer:
             _restore_int8_scales(self.get_base_layer())
         else:
             self.merged_adapters.clear()
-            _put_back_storage(self.get_base_layer(), kept)
+            put_back(self.get_base_layer(), kept)
 
 
 def _refuse_other_start(name: str) -> Any:
@@ -191,21 +191,6 @@ def _dtype_of(tensors: dict[str, Tensor], container: str) -> torch.dtype | None:
     """The dtype that holds a container's tensors of all layers exactly; None if there are none."""
     dtypes = {value.dtype for key, value in tensors.items() if f".{container}." in key}
     return functools.reduce(torch.promote_types, dtypes) if dtypes else None
-
-
-def _copy_storage(base: nn.Module) -> tuple[Any, Any]:
-    """The weight as it is stored, and bitsandbytes' int8 state where there is one."""
-    return copy.deepcopy(base.weight), copy.deepcopy(getattr(base, "state", None))
-
-
-def _put_back_storage(base: Any, kept: tuple[Any, Any]) -> None:
-    weight, state = kept
-    if state is not None or hasattr(weight, "quant_state"):
-        base.weight = weight
-    else:
-        base.weight.data = weight.data  # the parameter object stays: ties and optimizers may refer to it
-    if state is not None:
-        base.state = state
 
 
 def _restore_int8_scales(base: Any) -> None:

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import (
     _filter_state_dict_by_key_prefixes,
     _get_tuner_state_dict_key_prefixes,
 )
-from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError, WeightError
@@ -29,13 +29,14 @@ from .rollback import unchanged_on_error
 from .start import start_factors
 from .stored_form import from_stored, to_stored
 from .tiny import check_vectors, is_tiny
+from .tuner_calls import TunerCalls
 
 __all__ = ["AdditiveModel", "adopt", "is_additive", "live_factors", "release"]
 
 _EXPORT_FIRST = "export it to plain LoRA first (llmreg.export_lora) and use the export"
 
 
-class AdditiveModel(LoraModel):
+class AdditiveModel(TunerCalls, LoraModel):
     """Tuner of the peft type `LLMREG_ADDITIVE`; see `peft.tuners.lora.LoraModel` for what it inherits."""
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -106,25 +107,6 @@ class AdditiveModel(LoraModel):
         config = self.peft_config[adapter_name]
         if not (isinstance(config, AdditiveConfig) and FORMS[config.FORM].own_dtypes):
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """As in PEFT; but if the active adapter goes, its successor is the same on all layers.
-
-        PEFT lets each layer choose among the adapters it has left, so layers that the successor does not target
-        would silently activate a third one.
-        """
-        was_active = adapter_name in self.active_adapters
-        super().delete_adapter(adapter_name)
-        if was_active and self.active_adapters:
-            self.set_adapter(self.active_adapters)
-
-    def unload(self) -> nn.Module:
-        """The base model bit for bit. PEFT would leave the trained copies of `modules_to_save` in it."""
-        for name, module in list(self.model.named_modules()):
-            if isinstance(module, ModulesToSaveWrapper):
-                parent, _, child = name.rpartition(".")
-                setattr(self.model.get_submodule(parent), child, module.original_module)
-        return super().unload()
 
     # -- live form <-> stored form ------------------------------------------------------------------------------
 
