@@ -157,12 +157,12 @@ def test_s_dropout_is_refused_with_the_reason():
 
 def test_w_registering_again_does_nothing():
     """W: PEFT refuses a new method's name unless its enum is edited."""
-    from llmreg.adapters import registry
+    from llmreg.adapters import AdditiveModel, registry
     from llmreg.hub import peft_io
 
     before, save = dict(PEFT_TYPE_TO_CONFIG_MAPPING), PeftModel.save_pretrained
     members = list(peft.PeftType)
-    registry.register(llmreg.AdditiveConfig, object)
+    registry.register(registry.ADDITIVE, llmreg.AdditiveConfig, AdditiveModel, "lora_")
     peft_io.install()
     importlib.import_module("llmreg")
     assert registry.peft_type("LLMREG_ADDITIVE") is registry.ADDITIVE

@@ -230,6 +230,8 @@ def read_sidecar(folder: Path) -> Sidecar | None:
                 "again, or remove the file to load it as a plain LoRA for inference."
             )
         fields = {key: content[key] for key in ("method", "config", "files", "start_hash", "versions")}
+        if not isinstance(fields["config"], dict):
+            raise TypeError("config is no mapping")
         factors = set() if fields["method"] == "bone" else {FACTORS_NAME}
         if set(fields["files"]) != {SAFETENSORS_WEIGHTS_NAME, *factors}:
             raise KeyError("files")

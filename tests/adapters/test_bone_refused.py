@@ -15,7 +15,7 @@ from torch import nn
 
 from llmreg import BoneConfig, methods
 from llmreg.adapters import BoneModel
-from llmreg.adapters.registry import BONE, peft_type, register_bone
+from llmreg.adapters.registry import BONE, peft_type, register
 from llmreg.errors import UnsupportedError
 
 
@@ -120,7 +120,7 @@ def test_a_plain_lora_beside_it_is_peft_s_own_refusal():
 
 def test_the_peft_type_is_registered_once_and_pickles():
     before = dict(PEFT_TYPE_TO_CONFIG_MAPPING)
-    register_bone(BoneConfig, BoneModel)
+    register(BONE, BoneConfig, BoneModel, "bone_")
     assert before == PEFT_TYPE_TO_CONFIG_MAPPING
     assert PEFT_TYPE_TO_CONFIG_MAPPING[BONE] is BoneConfig
     assert PEFT_TYPE_TO_TUNER_MAPPING[BONE] is BoneModel

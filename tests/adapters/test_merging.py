@@ -36,7 +36,8 @@ def check_close(actual, expected, storage, base=None):
 def test_merged_unmerged_and_unloaded_models_agree_within_peft_s_tolerance(method, storage, safe, tokens):
     model = wrap(method, storage)
     base = tiny_models.logits(model, tokens)
-    tiny_models.perturb(model)
+    # An orthonormal factor's entries are about 0.1: noise of 0.05 would be an update that 4 bits cannot hold.
+    tiny_models.perturb(model, size=0.02 if method.METHOD == "sorsa" else 0.05)
     adapted = tiny_models.logits(model, tokens)
     assert not torch.allclose(adapted, base, atol=1e-3)
     model.merge_adapter(safe_merge=safe)

@@ -143,7 +143,7 @@ def test_the_sidecar_of_another_version_is_refused(base, folder, method, change,
 
 
 @pytest.mark.parametrize(
-    "change", [{"lora_alpha": 100}, {"r": 4}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 1}}]
+    "change", [{"lora_alpha": 100}, {"r": 5}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 1}}]
 )
 def test_a_plain_config_that_was_edited_is_refused(base, folder, method, change):
     """Plain PEFT would scale the update by the edited value and llmreg by the sidecar's."""
