@@ -1,4 +1,4 @@
-"""Puts measured figures into the README: the two tables, and the picture of a quickstart run.
+"""Puts measured figures into the README: the tables, and the picture of a quickstart run.
 
     python evals/readme.py runs/quickstart/report.json
 
@@ -83,6 +83,31 @@ def sweep() -> list[str]:
     return rows
 
 
+def bench_adapters() -> list[str]:
+    """A training step of each method over its peer's, and peak memory, by rank and tokens."""
+    sections = read("bench_adapters")
+    rows = ["| training step | " + " | ".join(sections["step"]["result"]) + " |", "|---|---:|---:|---:|---:|"]
+    cells = sections["step"]["result"].values()
+    names = {"pissa": "PiSSA", "sorsa": "SORSA, regulariser included", "svfit": "SVFit", "LoRA again": "(the noise)"}
+    for name, label in names.items():
+        ratios = " | ".join(
+            f"{cell[name]['ratio']['step']:.2f}x, {cell[name]['memory']['peak_mib']:.0f} MiB" for cell in cells
+        )
+        rows.append(f"| {label} over plain LoRA | {ratios} |")
+    lora = " | ".join(f"{cell['LoRA']['memory']['peak_mib']:.0f} MiB" for cell in cells)
+    rows += [f"| plain LoRA's own memory | {lora} |", "", "| training step | " + " | ".join(sections["bone"]["result"])]
+    rows[-1] += " |"
+    rows.append("|---|---:|---:|---:|---:|")
+    cells = sections["bone"]["result"].values()
+    for name in ("bone", "mini", "bat"):
+        key, peer = ("bone", "MiSS") if name == "bone" else (f"bone {name}", f"MiSS {name}")
+        over = [next(v for k, v in cell["over_miss"].items() if k in (name, key)) for cell in cells]
+        memory = [(cell["memory"][key]["peak_mib"], cell["memory"][peer]["peak_mib"]) for cell in cells]
+        shown_cells = [f"{o['step']:.2f}x, {m:.0f} of {p:.0f} MiB" for o, (m, p) in zip(over, memory, strict=True)]
+        rows.append(f"| Bone `{name}` over PEFT's MiSS | {' | '.join(shown_cells)} |")
+    return rows
+
+
 def fill(text: str, name: str, rows: list[str]) -> str:
     """Replace what stands between the markers of `name`."""
     block = f"<!-- {name} -->\n" + "\n".join(rows) + f"\n<!-- end {name} -->"
@@ -117,6 +142,7 @@ def main() -> None:
     readme = ROOT / "README.md"
     text = fill(readme.read_text(), "against_peft", against_peft())
     text = fill(text, "sweep", sweep())
+    text = fill(text, "bench_adapters", bench_adapters())
     write_text(readme, fill(text, "bench_init", bench_init()))
     if len(sys.argv) > 1:
         picture(json.loads(Path(sys.argv[1]).read_text()), ROOT / "docs" / "quickstart.png")
