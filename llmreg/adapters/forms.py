@@ -55,6 +55,8 @@ class Form(LoraVariant):
     frozen: ClassVar[tuple[str, ...]]
     #: Whether `dtype` is final; else PEFT turns half precision into float32 afterwards.
     own_dtypes: ClassVar[bool] = False
+    #: Whether the trained `A` starts with orthonormal rows and `B` with orthonormal columns.
+    orthonormal: ClassVar[bool] = False
 
     @staticmethod
     def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
@@ -160,6 +162,7 @@ class ScaledDifference(Difference):
 
     trained = ("lora_A", "lora_B", "lora_S")
     frozen = ("lora_A0", "lora_B0", "lora_S0")
+    orthonormal = True
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..linalg import truncated_svd
+from .components import singular_components
 from .factors import Factors
 
 __all__ = ["pissa"]
@@ -49,8 +49,6 @@ def pissa(
     """
     if not scaling > 0:
         raise ValueError(f"PiSSA needs a positive scaling lora_alpha / r, got {scaling}; set lora_alpha > 0.")
-    options = {"oversample": oversample, "power_iterations": power_iterations}
-    given = {name: value for name, value in options.items() if value is not None}
-    U, S, Vh = truncated_svd(W, rank, method=svd, seed=seed, **given)
-    root = (S / scaling).sqrt()
-    return Factors(A=root.unsqueeze(-1) * Vh, B=U * root.unsqueeze(-2), singular_values=S)
+    parts = singular_components(W, rank, svd=svd, oversample=oversample, power_iterations=power_iterations, seed=seed)
+    root = (parts.singular_values / scaling).sqrt()
+    return Factors(root.unsqueeze(-1) * parts.A, parts.B * root.unsqueeze(-2), parts.singular_values)

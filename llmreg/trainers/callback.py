@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..adapters import AdditiveConfig, AdditiveLayer
+from ..adapters.forms import FORMS
 from ..errors import UnsupportedError
 from ..regularizers import OrthonormalRegularizer
 from ..regularizers.orthonormal import condition_number
@@ -49,7 +50,7 @@ class RegularizerCallback(TrainerCallback):
     (recipes see to that); `trainer.state.log_history` has them in any case.
 
     Args:
-        regularizers: apply these to every SORSA adapter instead of what its config asks for.
+        regularizers: apply these to every adapter with orthonormal factors (SORSA), not what its config asks for.
 
     Raises:
         UnsupportedError: when training begins, where a regulariser could not act as it says: no trainable parameter
@@ -65,6 +66,7 @@ class RegularizerCallback(TrainerCallback):
     # -- the trainer's events --------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.on_train_end(args, state, control)  # of a run that was interrupted
         self._terms = list(_terms(model, self._given))
         if not self._terms:
             raise UnsupportedError(
@@ -98,7 +100,12 @@ class RegularizerCallback(TrainerCallback):
         for term in self._terms:
             if term.regularizer.decoupled:
                 for parameter, rows in term.factors:
-                    step = term.regularizer.weight * rates.get(id(parameter), 0.0)
+                    if id(parameter) not in rates:
+                        raise UnsupportedError(
+                            f"The regulariser {term.regularizer.name!r} follows the learning rate of each factor, and "
+                            "the optimizer lacks some; give the optimizer every parameter that requires gradients."
+                        )
+                    step = term.regularizer.weight * rates[id(parameter)]
                     parameter.sub_(_gradient(term, parameter, rows), alpha=step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -147,7 +154,7 @@ def _gradient(term: _Term, parameter: nn.Parameter, rows: bool) -> Tensor:
 
 def _terms(model: Any, given: Sequence[OrthonormalRegularizer] | None) -> Iterator[_Term]:
     for name, config in getattr(model, "peft_config", {}).items():
-        if not isinstance(config, AdditiveConfig) or config.METHOD != "sorsa":
+        if not isinstance(config, AdditiveConfig) or not FORMS[config.FORM].orthonormal:
             continue
         layers: list[Any] = [m for m in model.modules() if isinstance(m, AdditiveLayer) and m.form(name)]
         pairs = [(layer.lora_A[name].weight, layer.lora_B[name].weight) for layer in layers]

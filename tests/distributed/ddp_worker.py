@@ -8,6 +8,7 @@ from pathlib import Path
 
 import peft
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -47,6 +48,9 @@ def main() -> None:
     if int(os.environ.get("RANK", 0)) == 0:
         trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
         save_file(trained, out / "trained.safetensors")
+    if dist.is_initialized():  # a process that ends with an open group may abort on the group's threads
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -191,3 +191,30 @@ def test_trl_s_own_trainers_take_it_as_they_are(tmp_path, kind):
     trainer.add_callback(RegularizerCallback())
     trainer.train()
     assert all("regularizer/orthonormal" in log for log in trainer.state.log_history if "loss" in log)
+
+
+def test_a_factor_that_the_optimizer_lacks_stops_the_run(tmp_path):
+    model = sorsa(weights=1e-3)
+    values = [parameter for name, parameter in model.named_parameters() if "lora_S" in name]
+    optimizer = torch.optim.SGD(values, lr=1e-2)
+    args = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, disable_tqdm=True)
+    trainer = Trainer(model, args, train_dataset=ROWS, callbacks=[RegularizerCallback()], optimizers=(optimizer, None))
+    with pytest.raises(UnsupportedError, match="the optimizer lacks some"):
+        trainer.train()
+
+
+def test_a_run_after_an_interrupted_one_adds_the_term_once(tmp_path):
+    hooks = []
+
+    class Interrupted(RegularizerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            super().on_step_begin(*args, **kwargs)
+            hooks.append(len(self._hooks))
+            if len(hooks) == 1:
+                raise KeyboardInterrupt
+
+    callback, model = Interrupted([OrthonormalRegularizer(weight=0.05, decoupled=False)]), sorsa()
+    with pytest.raises(KeyboardInterrupt):
+        run(model, tmp_path / "a", callbacks=[callback], max_steps=1)
+    run(model, tmp_path / "b", callbacks=[callback], max_steps=1)
+    assert hooks[0] == hooks[1] > 0
