@@ -363,7 +363,8 @@ def _method_page(row: Any) -> Any:
         table.add_row(label.replace("_", " "), getattr(row, label))
     table.add_row("defaults", ", ".join(f"{key}: {value}" for key, value in row.defaults.items()))
     table.add_row("needs", ", ".join(row.needs) or "nothing beyond the base install")
-    table.add_row("saved as", f"{row.saved_form} of rank {'r' if row.saved_rank == 1 else f'{row.saved_rank} r'}")
+    forms = [row.saved_form, *(f"{form} (storage: {storage})" for storage, form in row.other_forms.items())]
+    table.add_row("saved as", f"{' or '.join(forms)} of rank {'r' if row.saved_rank == 1 else f'{row.saved_rank} r'}")
     table.add_row("paper", f"{row.paper.title}, arXiv {row.paper.arxiv}, section {row.paper.section}")
     table.add_row("config", row.config.replace(":", "."))
     table.add_row("recipe", row.recipe)

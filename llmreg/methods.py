@@ -44,6 +44,7 @@ class Method:
         needs: extras, data or hardware beyond the base install; empty if none.
         recipe: the runnable recipe, relative to the repository.
         saved_rank: the saved adapter has this times `r` as its rank. saved_form: what it is saved as.
+        other_forms: what it is saved as at a `storage` of its config other than the default.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Method:
     recipe: str = ""
     saved_rank: int = 1
     saved_form: str = "plain LoRA"
+    other_forms: dict[str, str] = field(default_factory=dict)
 
     def config_class(self) -> Any:
         """Import and return the config class.
@@ -75,6 +77,10 @@ class Method:
                 f"The method {self.name!r} names the config class {self.config!r}, which cannot be imported ({error}); "
                 "reinstall the package that adds it."
             ) from error
+
+    def form_of(self, config: Any) -> str:
+        """What an adapter of this config is saved as."""
+        return self.other_forms.get(getattr(config, "storage", ""), self.saved_form)
 
     def as_dict(self) -> dict[str, Any]:
         """The row as plain values, for JSON."""
@@ -143,7 +149,7 @@ _ROWS = (
         "dtype, less activation memory than LoRA (inputs are not kept), and a learning rate far above LoRA's.",
         defaults={"r": 64, "lora_alpha": "r", "svd": "randomized", "storage": "lora"},
         recipe="recipes/pocket-classification-svfit.yaml",
-        saved_rank=1,
+        other_forms={"tiny": "SVFit values"},
     ),
     Method(
         name="lora",

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import AdapterFileError
 from .layer import AdditiveLayer
 
-__all__ = ["check_vectors", "is_tiny", "vector_checks"]
+__all__ = ["check_same_vectors", "check_vectors", "is_tiny", "layer_checks", "vector_checks"]
 
 #: Largest error of a singular value, relative to the layer's largest: float32 decompositions agree to 1e-6.
 _VALUE_TOLERANCE = 1e-4
@@ -36,23 +36,33 @@ def is_tiny(config: Any) -> bool:
 @torch.no_grad()
 def vector_checks(model: Any, adapter_name: str) -> dict[str, Tensor]:
     """`<layer>.lora_S0.weight` `(r,)` and `<layer>.probe` `(r,)` of every layer, float32."""
-    checks = {}
+    checks: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, AdditiveLayer) and module.form(adapter_name):
-            factors = module.factors(adapter_name)
-            layer = _wrapped(name)
-            checks[f"{layer}.lora_S0.weight"] = factors["lora_S0"].detach().float().cpu()
-            checks[f"{layer}.probe"] = _probe(layer, factors["lora_A0"], factors["lora_B0"])
+            checks |= layer_checks(_wrapped(name), module.factors(adapter_name))
     return checks
 
 
+def layer_checks(layer: str, factors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The two entries of one layer, from its frozen factors by container; `layer` as files name it."""
+    values = factors["lora_S0"].detach().float().cpu()
+    return {
+        f"{layer}.lora_S0.weight": values,
+        f"{layer}.probe": _probe(layer, factors["lora_A0"], factors["lora_B0"]),
+    }
+
+
 def check_vectors(model: Any, adapter_name: str, expected: dict[str, Tensor]) -> None:
-    """Refuse vectors that are not those that the values were trained for.
+    """Refuse vectors of a live adapter that are not those that the values were trained for.
 
     Raises:
         AdapterFileError: the layer, and what differs.
     """
-    found = vector_checks(model, adapter_name)
+    check_same_vectors(vector_checks(model, adapter_name), expected)
+
+
+def check_same_vectors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """The same for checks that were computed already."""
     for key in sorted(found.keys() | expected.keys()):
         layer, _, _ = key.partition(".probe" if key.endswith(".probe") else ".lora_S0")
         if key not in found or key not in expected or found[key].shape != expected[key].shape:

@@ -15,6 +15,7 @@ from typing import Any, TypeGuard
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..adapters.registry import SVFIT_TINY
 from ..files import write_text
 from .card_facts import Facts, gather, license_of_base, parse_recipe, read_config
 from .privacy import neutral_text
@@ -222,6 +223,12 @@ def _how_to_load(facts: Facts) -> str:
     plain = f"With plain PEFT:\n\n```python\n{imports}\n\n{load}\n```"
     if facts.config["peft_type"] == "BONE":
         plain = "Plain PEFT refuses it (peft type BONE), since it would compute another function on these layers."
+    if facts.config["peft_type"] == SVFIT_TINY.value:
+        plain = (
+            f"Plain PEFT refuses it (peft type {SVFIT_TINY.value}): it holds the change of the singular values alone, "
+            "and the vectors are computed again from the base, which must be stored as it was in training. "
+            "`llmreg export ADAPTER DIR` makes a plain LoRA of it."
+        )
     parts = [f"## How to load it\n\n{plain}", _vllm(facts)]
     if facts.sidecar and not facts.exported:
         parts.append(
@@ -249,7 +256,9 @@ def _vllm(facts: Facts) -> str:
 
 
 def _continuing(facts: Facts) -> str:
-    if facts.sidecar and facts.config["peft_type"] in ("MISS", "BONE"):
+    if facts.sidecar and facts.config["peft_type"] == SVFIT_TINY.value:
+        text = "With llmreg training resumes exactly, after base, singular values and vectors were checked."
+    elif facts.sidecar and facts.config["peft_type"] in ("MISS", "BONE"):
         text = (
             "What is saved here are the trained tensors themselves, to the last bit. With llmreg training resumes "
             "exactly, after base and files were checked."

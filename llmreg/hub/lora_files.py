@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..adapters.registry import SVFIT_TINY
 from ..errors import AdapterFileError, LlmregError, RecipeError
 from .sidecar import read_sidecar
 
@@ -51,7 +52,7 @@ def check_new_folder(folder: Path) -> None:
 
 
 def read_lora(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Config and tensors of a plain LoRA adapter, or of a Bone one written as the LoRA that it is.
+    """Config and tensors of a plain LoRA adapter, or of a Bone or tiny one as the LoRA that it is.
 
     Raises:
         AdapterFileError: no whole plain-LoRA adapter in safetensors, or one that belongs to changed base weights.
@@ -74,6 +75,10 @@ def read_lora(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
             from .bone_io import as_lora
 
             return as_lora(folder, read_sidecar(folder))
+        if kind == SVFIT_TINY.value:
+            from .tiny_io import tiny_as_lora
+
+            return tiny_as_lora(folder, read_sidecar(folder))
         config = LoraConfig(**settings) if kind == "LORA" else None
     except LlmregError:
         raise

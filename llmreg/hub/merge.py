@@ -22,18 +22,17 @@ from typing import Any
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from ..errors import AdapterFileError, BaseMismatchError, LlmregError, RecipeError, UnsupportedError, WeightError
 from ..files import commit_folder, file_digest, staged_folder, write_json, write_text
 from ..progress import track
-from ..weights import bytes_hash
 from .base_checkpoint import DOWNLOADED, BaseCheckpoint, locate_base
+from .layers_on_disk import LayersOnDisk
 from .lora_files import check_new_folder, float_dtype
 from .parity import parity
 from .plain_lora import Change, PlainLora, read_plain_lora
-from .sidecar import BaseRecord, Sidecar, read_sidecar
+from .sidecar import Sidecar, read_sidecar
 from .streaming import SafetensorsFile, SafetensorsWriter, TensorEntry, converted_header
 
 __all__ = ["MergeReport", "merge"]
@@ -185,14 +184,9 @@ def _transposed(change: Change, adapter: PlainLora, checkpoint: BaseCheckpoint) 
 
 def _check_base(sidecar: Sidecar, adapter: PlainLora, checkpoint: BaseCheckpoint) -> str | None:
     """Refuse another base than the adapter's (law 4), as loading does; the note where its storage differs."""
-    layers = _LayersOnDisk(adapter, checkpoint)
-    identity = checkpoint.identity
-    storage = "+".join(sorted({str(entry.dtype).removeprefix("torch.") for entry in layers.entries.values()}))
-    same_kind = identity.source == sidecar.base.source
-    stored_bytes = None if same_kind or sidecar.base.storage != storage else bytes_hash(layers, layers.entries)
-    return sidecar.check_base(
-        BaseRecord(identity.digest, identity.source, identity.name, identity.revision, stored_bytes, storage)
-    )
+    names = [change.parameter.removesuffix(".weight") for change in adapter.changes if change.kind == "lora"]
+    layers = LayersOnDisk(checkpoint, names, adapter.config.fan_in_fan_out)
+    return sidecar.check_base(layers.record(hashed=checkpoint.identity.source != sidecar.base.source))
 
 
 def _check_room(checkpoint: BaseCheckpoint, dst: Path, target: torch.dtype | None) -> None:
@@ -209,25 +203,6 @@ def _check_room(checkpoint: BaseCheckpoint, dst: Path, target: torch.dtype | Non
             f"The merged checkpoint takes {needed / 2**30:.1f} GiB, and {place} has {free / 2**30:.1f} GiB free; "
             "choose another output, or a smaller dtype."
         )
-
-
-class _LayersOnDisk(nn.Module):
-    """Adapted layers that are read from the checkpoint, one by one, when they are asked for by name."""
-
-    def __init__(self, adapter: PlainLora, checkpoint: BaseCheckpoint) -> None:
-        super().__init__()
-        self.changes = {c.parameter.removesuffix(".weight"): c for c in adapter.changes if c.kind == "lora"}
-        self.entries = {name: checkpoint.find(change.parameter)[1] for name, change in self.changes.items()}
-        self.adapter, self.checkpoint = adapter, checkpoint
-
-    def get_submodule(self, target: str) -> nn.Module:
-        entry = self.entries[target]
-        transposed = _transposed(self.changes[target], self.adapter, self.checkpoint)
-        with torch.device("meta"):
-            layer: Any = Conv1D(1, 1) if transposed else nn.Linear(1, 1)
-        weight = self.checkpoint.file_of(entry).read(entry.name)
-        layer.weight = nn.Parameter(weight, requires_grad=False)
-        return layer
 
 
 # -- the weights ---------------------------------------------------------------------------------------------------

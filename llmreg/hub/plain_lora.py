@@ -102,7 +102,10 @@ def _read_config(folder: Path) -> LoraConfig:
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise AdapterFileError(f"{path} is damaged ({error!r}); copy the adapter again.") from error
     if kind != "LORA":
-        raise UnsupportedError(f"{folder} holds a {kind} adapter, and only plain LoRA can be merged; {_WITH_PEFT}.")
+        raise UnsupportedError(
+            f"{folder} holds a {kind} adapter, and only plain LoRA can be merged; make one of it with llmreg export "
+            f"and merge that, or {_WITH_PEFT}."
+        )
     defaults = {field.name: field for field in dataclasses.fields(LoraConfig)}
     for name, value in settings.items():
         default = defaults[name].default if name in defaults else None

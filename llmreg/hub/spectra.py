@@ -6,23 +6,32 @@ from pathlib import Path
 
 import torch
 
+from ..adapters.registry import SVFIT_TINY
 from ..errors import UnsupportedError
+from .card_facts import read_config
 from .lora_files import PREFIX, lora_scaling, read_lora
+from .sidecar import read_sidecar
+from .tiny_io import tiny_values
 
 __all__ = ["update_spectra"]
 
 
 def update_spectra(adapter: str | Path) -> dict[str, list[float]]:
-    """Singular values of `s B A` by layer, largest first; layers that are no pair of matrices are left out.
+    """Singular values of what is added to each layer, largest first; layers of other shapes are left out.
 
     Args:
-        adapter: folder of a saved adapter (plain LoRA, or Bone); empty where the update has full rank.
+        adapter: folder of a saved adapter (plain LoRA, Bone, tiny SVFit); empty where the update has full rank.
 
     Raises:
-        AdapterFileError: it is not a whole plain-LoRA adapter in safetensors.
+        AdapterFileError: it is not a whole adapter of these in safetensors.
     """
+    folder = Path(adapter)
+    if read_config(folder)["peft_type"] == SVFIT_TINY.value:
+        settings, values = tiny_values(folder, read_sidecar(folder))
+        scalings = {layer: lora_scaling(settings, layer, S.numel()) for layer, S in values.items()}
+        return {layer: (scalings[layer] * S.abs()).sort(descending=True).values.tolist() for layer, S in values.items()}
     try:
-        config, tensors = read_lora(Path(adapter))
+        config, tensors = read_lora(folder)
     except UnsupportedError:
         return {}
     spectra = {}

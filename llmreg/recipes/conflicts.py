@@ -53,6 +53,13 @@ def check_adapter(recipe: Recipe, method: Method, config: Any) -> int:
         )
     if method.kind == "bone":
         _check_bone(recipe, config)
+    output, form = recipe.output, method.form_of(config)
+    if output.serve and form != "plain LoRA" and not (output.rank or output.dtype):
+        raise recipe.error(
+            ("output", "serve"),
+            f"vLLM serves LoRA, and {method.name} is saved here as {form}; write output.rank, which exports one (exact "
+            "at r).",
+        )
     exported = exported_rank(recipe, method, config)
     if recipe.output.serve == "vllm":
         _check_vllm(recipe, method, config, exported)
@@ -78,7 +85,7 @@ def _ranks(config: Any) -> dict[str, Any]:
 
 
 def _check_bone(recipe: Recipe, config: Any) -> None:
-    """Refuse to export what is no LoRA, and to serve what is not exported."""
+    """Refuse to export what is no LoRA."""
     output = recipe.output
     asked = next((name for name in ("rank", "dtype", "serve") if getattr(output, name)), None)
     if config.variant == "bat" and asked:
@@ -86,11 +93,6 @@ def _check_bone(recipe: Recipe, config: Any) -> None:
             ("output", asked),
             f"output.{asked} asks for a LoRA, and a 'bat' adapter's update has full rank; remove it, or write "
             "adapter.variant: bone.",
-        )
-    if output.serve and not (output.rank or output.dtype):
-        raise recipe.error(
-            ("output", "serve"),
-            "vLLM serves LoRA, and bone is saved as PEFT MiSS; write output.rank, which exports one (exact at r).",
         )
 
 

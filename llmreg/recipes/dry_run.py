@@ -133,7 +133,7 @@ def preview(recipe: Recipe) -> Preview:
             notes.append("The peak is more than is free: lower the batch size or max_length, or quantise the base.")
     published = exported_rank(recipe, settled.method, settled.adapter)
     exports = recipe.output.rank or recipe.output.dtype
-    form = "plain LoRA" if exports else settled.method.saved_form
+    form = "plain LoRA" if exports else settled.method.form_of(settled.adapter)
     return Preview(
         recipe=dump_recipe(recipe),
         method=settled.method.name,

@@ -110,7 +110,7 @@ def report_of(
         total_parameters=total,
         adapter_bytes=(adapter / "adapter_model.safetensors").stat().st_size,
         rank=settled.method.saved_rank * largest_rank(trainer.model.peft_config["default"]),
-        form=settled.method.saved_form,
+        form=settled.method.form_of(settled.adapter),
         start_hash=(sidecar.start_hash or None) if sidecar else None,
         peak_memory_mib=peak_memory_mib(),
         adapter=str(adapter),

@@ -13,9 +13,10 @@ import trl_runs
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
 
-from llmreg import SvfitConfig
+from llmreg import SvfitConfig, export_lora, merge
 from llmreg.adapters import tiny
-from llmreg.errors import AdapterFileError, BaseMismatchError
+from llmreg.errors import AdapterFileError, BaseMismatchError, RecipeError, UnsupportedError
+from llmreg.recipes import evaluate, make_recipe, plan, preview, run
 
 LINEAR = ["q_proj", "v_proj", "down_proj"]
 
@@ -135,3 +136,91 @@ def test_trainer_resumes_from_its_checkpoints_as_if_never_interrupted(tmp_path):
     again = trl_runs.sft(model, tmp_path / "again", SvfitConfig(**config), max_steps=4, **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert saved.factor_bytes(again.model) == saved.factor_bytes(whole.model)
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16"])
+def test_it_exports_as_the_plain_lora_that_computes_the_same(base, tmp_path, tokens, storage):
+    model = trained(base, storage, lora_alpha=12)
+    model.save_pretrained(tmp_path / "adapter")
+    model.peft_config["default"].storage = "lora"
+    model.save_pretrained(tmp_path / "whole")
+    report = export_lora(tmp_path / "adapter", tmp_path / "export")
+    assert (report.rank, report.relative_error) == (6, 0)
+    whole, export = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "export"))
+    assert whole.keys() == export.keys()
+    loaded = PeftModel.from_pretrained(saved.load_base(base, storage), tmp_path / "export")
+    expected = saved.outputs(model, tokens)
+    # Decomposed alone instead of in a batch: the last bits of the vectors differ.
+    torch.testing.assert_close(saved.outputs(loaded, tokens), expected, atol=2e-5, rtol=1e-5)
+    small = export_lora(tmp_path / "adapter", tmp_path / "small", rank=3)
+    assert small.rank == 3
+    assert small.relative_error > 0
+
+
+def test_it_exports_with_modules_that_are_saved_whole(base, tmp_path):
+    trained(base, modules_to_save=["lm_head"]).save_pretrained(tmp_path / "adapter")
+    export_lora(tmp_path / "adapter", tmp_path / "export")
+    assert any("lm_head" in key for key in load_file(tmp_path / "export" / "adapter_model.safetensors"))
+
+
+def test_the_export_refuses_another_checkpoint_at_the_same_place(base, folder, tmp_path):
+    weights = load_file(base / "model.safetensors")
+    save_file({key: value * 1.01 for key, value in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BaseMismatchError, match="was trained on"):
+        export_lora(folder, tmp_path / "export")
+
+
+def test_values_that_were_trained_on_a_quantised_base_are_not_exported(base, tmp_path):
+    trained(base, "nf4").save_pretrained(tmp_path / "adapter")
+    with pytest.raises(BaseMismatchError, match="stored as nf4"):
+        export_lora(tmp_path / "adapter", tmp_path / "export")
+    assert not (tmp_path / "export").exists()
+
+
+def test_values_without_their_sidecar_are_not_exported(folder, tmp_path):
+    (folder / "llmreg.json").unlink()
+    with pytest.raises(AdapterFileError, match="cannot be read without"):
+        export_lora(folder, tmp_path / "export")
+
+
+def test_merging_on_disk_says_to_export_first(folder, tmp_path):
+    with pytest.raises(UnsupportedError, match="llmreg export"):
+        merge(folder, tmp_path / "merged")
+
+
+def test_a_recipe_leaves_a_whole_run_behind(tmp_path):
+    adapter = {"method": "svfit", "r": 4, "target_modules": ["q_proj"], "storage": "tiny"}
+    values = {
+        "model": {"name": "pocket"},
+        "task": "sft",
+        "data": {"train": "pocket/word-problems"},
+        "adapter": adapter,
+        "training": {"max_steps": 2, "learning_rate": 1e-2, "save_strategy": "no", "use_cpu": True},
+        "output": {"dir": str(tmp_path / "run"), "rank": 4},
+    }
+    recipe = make_recipe(values)
+    assert preview(recipe).form == "plain LoRA"  # what output.rank exports
+    report = run(recipe)
+    assert (report.form, report.rank) == ("SVFit values", 4)
+    values = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    layer, spectrum = next(iter(report.singular_values.items()))
+    S = values[f"base_model.model.{layer}.lora_S.weight"]
+    assert spectrum == pytest.approx(S.abs().sort(descending=True).values.tolist())
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert all(text in card for text in ("Plain PEFT refuses it", "resumes exactly"))
+    assert "With vLLM" not in card
+    assert "With vLLM" in (tmp_path / "run" / "lora" / "README.md").read_text()
+    measured = evaluate(tmp_path / "run", ["evaluation.tasks=[pocket/arithmetic]"])
+    assert measured.scores[0]["adapter"] is not None
+
+
+def test_serving_a_tiny_adapter_is_refused_before_training(tmp_path):
+    values = {
+        "model": {"name": "pocket"},
+        "task": "sft",
+        "data": {"train": "pocket/word-problems"},
+        "adapter": {"method": "svfit", "r": 4, "storage": "tiny", "target_modules": "all-linear"},
+        "output": {"dir": str(tmp_path / "run"), "serve": "vllm"},
+    }
+    with pytest.raises(RecipeError, match=r"saved here as SVFit values; write output\.rank"):
+        plan(make_recipe(values))
