@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -25,7 +26,9 @@ def gathered(modules: Iterable[nn.Module]) -> Iterator[None]:
     A collective under ZeRO-3: every rank must enter with the same modules, in the same order. One layer at a time
     keeps the memory at one layer.
     """
-    weights = [module.weight for module in modules if hasattr(getattr(module, "weight", None), "ds_id")]
+    weights: list[Any] = [module.weight for module in modules if hasattr(getattr(module, "weight", None), "ds_id")]
+    # Those that a running forward or backward holds are whole already, and not ours to take away afterwards.
+    weights = [weight for weight in weights if weight.ds_status.name != "AVAILABLE"]
     if not weights:
         yield
         return

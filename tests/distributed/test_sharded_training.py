@@ -34,20 +34,29 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(mode: str, model_dir: Path, out: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses and saved factors of a run of `worker.py`."""
+METHODS = ("pissa", "sorsa", "svfit", "bone", "bat")
+Results = dict[str, tuple[list[float], dict[str, torch.Tensor]]]
+
+
+def run(mode: str, model_dir: Path, out: Path) -> Results:
+    """Losses and saved factors by method, of a run of `worker.py`."""
     out.mkdir()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*(launcher if mode != "single" else [sys.executable]), str(WORKER), mode, str(model_dir), str(out)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=580)
     assert done.returncode == 0, done.stderr[-3000:]
-    losses = json.loads((out / "result.json").read_text())["losses"]
-    return losses, load_file(out / "adapter" / "llmreg_factors.safetensors")
+    return {method: _result(out / method) for method in METHODS}
+
+
+def _result(folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
+    factors = folder / "llmreg_factors.safetensors"
+    tensors = load_file(factors if factors.is_file() else folder / "adapter_model.safetensors")
+    return json.loads((folder / "losses.json").read_text()), tensors
 
 
 @pytest.fixture(scope="module")
-def one_process(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], dict]:
+def one_process(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
     return run("single", model_dir, tmp_path_factory.mktemp("single") / "out")
 
 
@@ -66,13 +75,17 @@ def one_process(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
         ),
     ],
 )
-def test_two_sharded_processes_equal_one(mode: str, model_dir: Path, tmp_path: Path, one_process: tuple) -> None:
-    losses, factors = run(mode, model_dir, tmp_path / "out")
-    expected_losses, expected = one_process
-    torch.testing.assert_close(losses, expected_losses, rtol=1e-6, atol=0)
-    assert factors.keys() == expected.keys()
-    for key, value in expected.items():
-        # starts are equal to the last bit; trained factors differ by the order of the gradient's sum over ranks
-        if ".lora_A0." in key or ".lora_B0." in key:
-            assert torch.equal(factors[key], value), key
-        torch.testing.assert_close(factors[key], value, rtol=1e-5, atol=1e-6)
+def test_two_sharded_processes_equal_one(mode: str, model_dir: Path, tmp_path: Path, one_process: Results) -> None:
+    results = run(mode, model_dir, tmp_path / "out")
+    for method, (expected_losses, expected) in one_process.items():
+        losses, factors = results[method]
+        torch.testing.assert_close(
+            losses, expected_losses, rtol=1e-6, atol=0, msg=lambda text, m=method: f"{m}: {text}"
+        )
+        assert losses[-1] != losses[0]
+        assert factors.keys() == expected.keys()
+        for key, value in expected.items():
+            # starts are equal to the last bit; trained factors differ by the order of the gradient's sum over ranks
+            if ".lora_A0." in key or ".lora_B0." in key:
+                assert torch.equal(factors[key], value), key
+            torch.testing.assert_close(factors[key], value, rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""One rank of the distributed tests: wraps a small Llama, trains it, saves it; run under torchrun.
+"""One rank of the distributed tests: wraps a small Llama, trains it, saves it, method by method; run under torchrun.
 
 torchrun --nproc_per_node 2 worker.py zero3|fsdp2|single MODEL_DIR OUT_DIR
 """
@@ -8,22 +8,31 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import llmreg
+from llmreg.adapters.bone_layer import BoneLayer
 from llmreg.adapters.layer import AdditiveLayer
 
 STEPS = 3
-CONFIG = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+METHODS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "pissa": (llmreg.PissaConfig, {}),
+    "sorsa": (llmreg.SorsaConfig, {"weights": None}),
+    "svfit": (llmreg.SvfitConfig, {}),
+    "bone": (llmreg.BoneConfig, {}),
+    "bat": (llmreg.BoneConfig, {"variant": "bat"}),
+}
 ZERO3 = {
     "train_micro_batch_size_per_gpu": 2,
     "gradient_accumulation_steps": 1,
+    "gradient_clipping": 0.0,
     "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
     "zero_allow_untested_optimizer": True,
 }
@@ -39,8 +48,14 @@ def optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
 
 
-def single(model_dir: str) -> tuple[list[float], peft.PeftModel, dict | None]:
-    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), llmreg.PissaConfig(**CONFIG))
+def wrapped(model_dir: str, method: str, **options: Any) -> peft.PeftModel:
+    config, settings = METHODS[method]
+    settings = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **settings}
+    return peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), config(**settings), **options)
+
+
+def single(model_dir: str, method: str) -> tuple[list[float], peft.PeftModel, dict | None]:
+    model = wrapped(model_dir, method)
     step, losses = optimizer(model), []
     for tokens in batches():
         loss = model(input_ids=tokens, labels=tokens).loss
@@ -51,14 +66,14 @@ def single(model_dir: str) -> tuple[list[float], peft.PeftModel, dict | None]:
     return losses, model, None
 
 
-def fsdp2(model_dir: str) -> tuple[list[float], peft.PeftModel, dict]:
+def fsdp2(model_dir: str, method: str) -> tuple[list[float], peft.PeftModel, dict]:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
     mesh = init_device_mesh("cpu", (2,))
-    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), llmreg.PissaConfig(**CONFIG))
+    model = wrapped(model_dir, method)
     for layer in model.get_base_model().model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -73,15 +88,13 @@ def fsdp2(model_dir: str) -> tuple[list[float], peft.PeftModel, dict]:
     return losses, model, get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
 
 
-def zero3(model_dir: str) -> tuple[list[float], peft.PeftModel, dict]:
+def zero3(model_dir: str, method: str) -> tuple[list[float], peft.PeftModel, dict]:
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 
     keep = HfDeepSpeedConfig(ZERO3)  # from_pretrained partitions the base while this is alive
-    model = peft.get_peft_model(
-        AutoModelForCausalLM.from_pretrained(model_dir), llmreg.PissaConfig(**CONFIG), autocast_adapter_dtype=False
-    )
-    layer = next(module for module in model.modules() if isinstance(module, AdditiveLayer))
+    model = wrapped(model_dir, method, autocast_adapter_dtype=False)
+    layer: Any = next(module for module in model.modules() if isinstance(module, AdditiveLayer | BoneLayer))
     assert layer.get_base_layer().weight.numel() == 0, "the base was not partitioned"
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer(model), config=ZERO3)
     losses = []
@@ -100,13 +113,11 @@ def main() -> None:
     torch.manual_seed(int(os.environ.get("RANK", 0)))  # ranks must not depend on equal random states
     if mode != "single":
         dist.init_process_group("gloo")
-    losses, model, state = {"single": single, "fsdp2": fsdp2, "zero3": zero3}[mode](model_dir)
-    main_process = mode == "single" or dist.get_rank() == 0
-    if main_process:
-        model.save_pretrained(out / "adapter", state_dict=state)
-        factors = load_file(out / "adapter" / "llmreg_factors.safetensors")
-        shapes = sorted({tuple(value.shape) for value in factors.values()})
-        (out / "result.json").write_text(json.dumps({"losses": losses, "shapes": shapes}))
+    for method in METHODS:
+        losses, model, state = {"single": single, "fsdp2": fsdp2, "zero3": zero3}[mode](model_dir, method)
+        if mode == "single" or dist.get_rank() == 0:
+            model.save_pretrained(out / method, state_dict=state)
+            (out / method / "losses.json").write_text(json.dumps(losses))
     if mode != "single":
         dist.barrier()
         dist.destroy_process_group()
