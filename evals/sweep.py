@@ -22,7 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from common import machine, print_table
+from safetensors.torch import load_file
 
 from llmreg.errors import LlmregError
 from llmreg.files import write_json
@@ -48,6 +50,8 @@ SWEEPS = {
     "pocket-lora": Sweep("pocket-lora", (1e-3, 2e-3, 3e-3, 5e-3)),
     "pocket-nf4": Sweep("pocket-nf4", (1e-3, 1.5e-3, 2e-3)),
     "pocket-sorsa": Sweep("pocket-sorsa", (5e-4, 1e-3, 1.5e-3, 2e-3, 3e-3)),
+    "pocket-sorsa, sum": Sweep("pocket-sorsa", (1e-3,), ("adapter.reduction=sum",)),
+    "pocket-sorsa, start only": Sweep("pocket-sorsa", (1e-3,), ("adapter.weights=null",)),
     "pocket-bone": Sweep("pocket-bone", (5e-4, 1e-3, 2e-3, 4e-3)),
     "pocket-bone, row sharing": Sweep("pocket-bone", (5e-4, 1e-3, 2e-3, 4e-3), ("adapter.variant=bone",)),
     "pocket-svfit": Sweep("quickstart", (1e-2, 3e-2, 1e-1), ("adapter.method=svfit", "adapter.r=64")),
@@ -81,6 +85,7 @@ def run(sweep: Sweep, rate: float, seed: int, world: int, threads: int) -> dict[
         if done.returncode:
             raise LlmregError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-2000:]}")
         report = json.loads((Path(folder) / "run" / "report.json").read_text())
+        conditions = condition_numbers(Path(folder) / "run" / "adapter")
     rows = report["measurements"]
     names = [row["name"] for row in rows]
     scores = {}
@@ -93,9 +98,20 @@ def run(sweep: Sweep, rate: float, seed: int, world: int, threads: int) -> dict[
     return {
         "scores": scores,
         "train_seconds": report["seconds"]["train"],
+        "train_loss": statistics.mean(point["loss"] for point in report["losses"][-10:]),
         "trained": report["trainable_parameters"],
+        "condition": conditions,
         "threads": threads,
     }
+
+
+def condition_numbers(adapter: Path) -> dict[str, float] | None:
+    """Of the trained factors A and B of all layers: median and largest; None for adapters without both."""
+    path = adapter / "llmreg_factors.safetensors"
+    factors = load_file(path) if path.is_file() else {}
+    trained = [value for key, value in factors.items() if ".lora_A." in key or ".lora_B." in key]
+    numbers = [float(values[0] / values[-1]) for values in map(torch.linalg.svdvals, trained)]
+    return {"median": statistics.median(numbers), "largest": max(numbers)} if numbers else None
 
 
 def _second_world(sweep: Sweep, folder: Path) -> list[str]:
