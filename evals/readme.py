@@ -17,6 +17,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from sweep import SCORES, best_rate, key, summaries
 
 from llmreg.files import write_text
 
@@ -67,19 +68,48 @@ def bench_init() -> list[str]:
 
 
 def sweep() -> list[str]:
-    """Word problems solved and facts kept, means over the seeds that were run, for every rate of every recipe."""
-    rows = ["| recipe | learning rate | seeds | word problems | facts kept |", "|---|---:|---:|---:|---:|"]
-    for recipe, entry in read("sweep")["recipes"].items():
-        by_rate: dict[float, list[Any]] = {}
-        for key, run in entry["runs"].items():
-            rate = float(key.split("lr=")[1].split()[0])
-            by_rate.setdefault(rate, []).append(run["scores"])
-        for rate, runs in sorted(by_rate.items()):
-            solved, kept = (
-                sum(scores[task]["after"] for scores in runs) / len(runs)
-                for task in ("pocket/word-problems", "pocket/facts")
-            )
-            rows.append(f"| `{recipe}` | {rate:.1e} | {len(runs)} | {solved:.1%} | {kept:.1%} |")
+    """Every recipe at the best of the rates that were tried: means over the seeds, on both worlds."""
+    rows: list[str] = []
+    entries = read("sweep")["recipes"]
+    for task, columns in (("sft", ("word problems", "facts kept")), ("classification", ("macro F1", "accuracy"))):
+        rows += (
+            ["", f"| recipe | rates tried | best | seeds | {' | '.join(columns)} | on world 1 |"]
+            if rows
+            else [f"| recipe | rates tried | best | seeds | {' | '.join(columns)} | on world 1 |"]
+        )
+        rows.append("|---|---|---:|---:|---:|---:|---:|")
+        for name, entry in entries.items():
+            first = next(iter(entry["runs"].values()))["scores"]
+            if SCORES[task][0] in first:
+                rows.append(_sweep_row(name, entry))
+    return rows
+
+
+def _sweep_row(name: str, entry: dict[str, Any]) -> str:
+    tried, best = summaries(entry), best_rate(entry)
+    first, second = (f"{mean:.1%}" for mean in tried[best]["means"])
+    other = summaries(entry, world=1).get(best)
+    elsewhere = ", ".join(f"{mean:.1%}" for mean in other["means"]) if other else ""
+    rates = ", ".join(f"{rate:.1e}" for rate in tried)
+    return f"| `{name}` | {rates} | {best:.1e} | {tried[best]['runs']} | {first} | {second} | {elsewhere} |"
+
+
+def conditioning() -> list[str]:
+    """Condition numbers of the trained factors A and B at one learning rate."""
+    rows = ["| at 1.0e-03, seed 0 | median | largest | loss at the end | word problems |", "|---|---:|---:|---:|---:|"]
+    labels = {
+        "quickstart": "PiSSA",
+        "pocket-sorsa, start only": "SORSA without its regulariser",
+        "pocket-sorsa": "SORSA (gamma 4e-4, mean over factors)",
+        "pocket-sorsa, sum": "SORSA (gamma 4e-4, sum over layers)",
+    }
+    entries = read("sweep")["recipes"]
+    for name, label in labels.items():
+        run = entries[name]["runs"][key(name, 1e-3, 0)]
+        numbers, solved = run["condition"], run["scores"]["pocket/word-problems"]["after"]
+        rows.append(
+            f"| {label} | {numbers['median']:.2f} | {numbers['largest']:.2f} | {run['train_loss']:.3f} | {solved:.1%} |"
+        )
     return rows
 
 
@@ -126,8 +156,8 @@ def picture(report: dict[str, Any], path: Path) -> None:
     )
     scores = [m for m in report["measurements"] if "exact" in m["metric"]]
     for place, score in enumerate(scores):
-        for offset, key, colour in ((-0.2, "before", "#b8b8b8"), (0.2, "after", "#3b6fb6")):
-            bar = right.bar(place + offset, 100 * score[key], 0.38, color=colour, label=key if place == 0 else None)
+        for offset, when, colour in ((-0.2, "before", "#b8b8b8"), (0.2, "after", "#3b6fb6")):
+            bar = right.bar(place + offset, 100 * score[when], 0.38, color=colour, label=when if place == 0 else None)
             right.bar_label(bar, fmt="%.0f %%")
     right.set(ylim=(0, 115), ylabel="exact match, %", title="task learned, facts forgotten")
     right.set_xticks(range(len(scores)), [score["name"].removeprefix("pocket/") for score in scores])
@@ -142,6 +172,7 @@ def main() -> None:
     readme = ROOT / "README.md"
     text = fill(readme.read_text(), "against_peft", against_peft())
     text = fill(text, "sweep", sweep())
+    text = fill(text, "conditioning", conditioning())
     text = fill(text, "bench_adapters", bench_adapters())
     write_text(readme, fill(text, "bench_init", bench_init()))
     if len(sys.argv) > 1:
