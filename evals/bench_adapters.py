@@ -1,9 +1,11 @@
 """Speed and memory of training an adapter against the peer in the same process: SORSA, SVFit and PiSSA, and Bone.
 
     python evals/bench_adapters.py                      all sections, writes evals/results/bench_adapters.json
-    python evals/bench_adapters.py --sections step      any of: step, bone, init, gpu
+    python evals/bench_adapters.py --sections step      any of: step, wide, bone, init, gpu
 
-step     forward, backward and AdamW against plain LoRA of equal rank: 1 x 512 and 4 x 128 tokens, ranks 16 and 64
+step     forward, backward and AdamW against plain LoRA of equal rank: 1 x 512 and 4 x 128 tokens, ranks 16 and 64;
+         "products": multiplications of the difference form (five thin products a layer) over LoRA's (three)
+wide     the same at hidden 2048 and rank 64: the thin products weigh less, as in the models that people train
 bone     Bone's variants against PEFT's MiSS: 1 x 128 and 1 x 512 tokens; bat also against its floor, which is LoRA's
          step and a third product with each weight's shape
 init     starting all linear layers of a model: SORSA, SVFit, PiSSA, and PEFT's pissa_niter_16
@@ -47,7 +49,7 @@ from llmreg.files import write_json
 from llmreg.recipes.memory_step import _LiveBytes
 
 RESULT = Path(__file__).parent / "results" / "bench_adapters.json"
-SECTIONS = ("step", "bone", "init", "gpu")
+SECTIONS = ("step", "wide", "bone", "init", "gpu")
 VOCABULARY = 2048
 LEARNING_RATE = 1e-5
 MIB = 2**20
@@ -67,6 +69,7 @@ class Setting(NamedTuple):
     batches: tuple[tuple[int, int], ...]
     bone_batches: tuple[tuple[int, int], ...]
     init_layers: int
+    ranks: tuple[int, ...] = (16, 64)
 
     def model(self) -> nn.Module:
         config = LlamaConfig(
@@ -86,6 +89,7 @@ class Setting(NamedTuple):
 
 
 CPU = Setting(512, 1408, 4, "cpu", torch.float32, ((1, 512), (4, 128)), ((1, 128), (1, 512)), init_layers=4)
+WIDE = Setting(2048, 5632, 2, "cpu", torch.float32, ((1, 512),), (), init_layers=0, ranks=(64,))
 CUDA = Setting(2048, 5632, 8, "cuda", torch.bfloat16, ((8, 512), (4, 2048)), ((8, 128), (8, 512)), init_layers=16)
 
 
@@ -277,10 +281,11 @@ def bare_products(base: nn.Module, tokens: int) -> Callable[[], Phases]:
 
 def section_step(setting: Setting, repeats: int) -> dict[str, Any]:
     """The decomposed methods against plain LoRA."""
-    out = {}
+    out: dict[str, Any] = {}
     base = setting.model()
-    for rank in (16, 64):
+    for rank in setting.ranks:
         trainings = {name: Training(base, config) for name, config in decomposed_configs(rank).items()}
+        floor = products_over_lora(base, rank)
         for batch in setting.batches:
             tokens = setting.tokens(batch)
             samples = rounds({name: partial(training, tokens) for name, training in trainings.items()}, repeats)
@@ -294,9 +299,21 @@ def section_step(setting: Setting, repeats: int) -> dict[str, Any]:
             }
             key = f"r {rank}, {batch[0]} x {batch[1]}"
             out[key] = result
-            print_steps(f"step, {key} tokens; x: over LoRA's (aim: <= 1.10)", result)
+            print_steps(f"step, {key} tokens; x: over LoRA's (aim: <= 1.10; products {floor:.2f})", result)
+            out[key]["products"] = floor
         trainings.clear()
     return out
+
+
+def products_over_lora(base: nn.Module, rank: int) -> float:
+    """Multiplications a token of the difference form over those of plain LoRA: all linear layers, and the head."""
+    shapes = [m.weight.shape for m in base.modules() if isinstance(m, nn.Linear)]
+
+    def cost(thin: int) -> int:
+        adapted = sum(2 * rows * columns + thin * rank * (rows + columns) for rows, columns in shapes[:-1])
+        return adapted + 2 * shapes[-1][0] * shapes[-1][1]
+
+    return cost(5) / cost(3)
 
 
 def print_steps(title: str, result: dict[str, Any]) -> None:
@@ -324,7 +341,7 @@ def section_bone(setting: Setting, repeats: int) -> dict[str, Any]:
         return {"skipped": "no llmreg.BoneConfig"}
     out = {}
     base = setting.model()
-    for rank in (16, 64):
+    for rank in setting.ranks:
         trainings = {name: Training(base, config) for name, config in bone_configs(rank).items()}
         for batch in setting.bone_batches:
             tokens = setting.tokens(batch)
@@ -407,7 +424,9 @@ def section_init(setting: Setting, repeats: int, rank: int = 16) -> dict[str, An
     return result
 
 
-CPU_SECTIONS = {"step": section_step, "bone": section_bone, "init": section_init}
+GPU_PARTS = {"step": section_step, "bone": section_bone, "init": section_init}
+CPU_SECTIONS = {name: partial(section, CPU) for name, section in GPU_PARTS.items()}
+CPU_SECTIONS["wide"] = partial(section_step, WIDE)
 
 
 def section_gpu(repeats: int) -> dict[str, Any]:
@@ -415,7 +434,7 @@ def section_gpu(repeats: int) -> dict[str, Any]:
     if not torch.cuda.is_available():
         print("gpu: no CUDA device here, section skipped")
         return {"skipped": "no CUDA device"}
-    out = {name: section(CUDA, repeats) for name, section in CPU_SECTIONS.items()}
+    out = {name: section(CUDA, repeats) for name, section in GPU_PARTS.items()}
     return {"setting": {**CUDA._asdict(), "dtype": "bfloat16"}, **out}
 
 
@@ -431,7 +450,7 @@ def main() -> None:
     written = False
     for name in arguments.sections:
         load = os.getloadavg()[0]
-        run = section_gpu if name == "gpu" else partial(CPU_SECTIONS[name], CPU)
+        run = section_gpu if name == "gpu" else CPU_SECTIONS[name]
         result = run(arguments.repeats)
         if "skipped" in result:
             continue

@@ -116,8 +116,10 @@ def conditioning() -> list[str]:
 def bench_adapters() -> list[str]:
     """A training step of each method over its peer's, and peak memory, by rank and tokens."""
     sections = read("bench_adapters")
-    rows = ["| training step | " + " | ".join(sections["step"]["result"]) + " |", "|---|---:|---:|---:|---:|"]
-    cells = sections["step"]["result"].values()
+    steps = dict(sections["step"]["result"])
+    steps |= {f"hidden 2048, {key}": cell for key, cell in sections["wide"]["result"].items()}
+    rows = ["| training step | " + " | ".join(steps) + " |", "|---|" + "---:|" * len(steps)]
+    cells = steps.values()
     names = {"pissa": "PiSSA", "sorsa": "SORSA, regulariser included", "svfit": "SVFit", "LoRA again": "(the noise)"}
     for name, label in names.items():
         ratios = " | ".join(
@@ -125,7 +127,12 @@ def bench_adapters() -> list[str]:
         )
         rows.append(f"| {label} over plain LoRA | {ratios} |")
     lora = " | ".join(f"{cell['LoRA']['memory']['peak_mib']:.0f} MiB" for cell in cells)
-    rows += [f"| plain LoRA's own memory | {lora} |", "", "| training step | " + " | ".join(sections["bone"]["result"])]
+    products = " | ".join(f"{cell['products']:.2f}x" for cell in cells)
+    rows += [
+        f"| plain LoRA's own memory | {lora} |",
+        f"| multiplications of PiSSA's and SORSA's form over LoRA's | {products} |",
+    ]
+    rows += ["", "| training step | " + " | ".join(sections["bone"]["result"])]
     rows[-1] += " |"
     rows.append("|---|---:|---:|---:|---:|")
     cells = sections["bone"]["result"].values()

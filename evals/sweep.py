@@ -54,6 +54,10 @@ SWEEPS = {
     "pocket-sorsa, start only": Sweep("pocket-sorsa", (1e-3,), ("adapter.weights=null",)),
     "pocket-bone": Sweep("pocket-bone", (5e-4, 1e-3, 2e-3, 4e-3)),
     "pocket-bone, row sharing": Sweep("pocket-bone", (5e-4, 1e-3, 2e-3, 4e-3), ("adapter.variant=bone",)),
+    # As many trained numbers as LoRA at rank 16.
+    "pocket-bone, row sharing, r 32": Sweep(
+        "pocket-bone", (5e-4, 1e-3, 2e-3), ("adapter.variant=bone", "adapter.r=32")
+    ),
     "pocket-svfit": Sweep("quickstart", (1e-2, 3e-2, 1e-1), ("adapter.method=svfit", "adapter.r=64")),
     "pocket-classification": Sweep("pocket-classification", (5e-4, 1e-3, 2e-3)),
     "pocket-classification-lora": Sweep("pocket-classification-lora", (1e-3, 2e-3, 4e-3)),
