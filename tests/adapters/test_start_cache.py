@@ -67,7 +67,7 @@ def no_decomposition(monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("decomposed")
 
-    return lambda: monkeypatch.setattr(sys.modules["llmreg.initializers.pissa"], "truncated_svd", fail)
+    return lambda: monkeypatch.setattr(sys.modules["llmreg.initializers.components"], "truncated_svd", fail)
 
 
 # -- a hit is a miss --------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def test_a_rank_or_dtype_of_the_output_exports_a_lora(tmp_path):
         ("bat", ["output.rank=8"], "output.rank asks for a LoRA, and a 'bat' adapter's update has full rank"),
         ("bat", ["output.dtype=bfloat16"], "output.dtype asks for a LoRA"),
         ("bat", ["output.serve=vllm"], "output.serve asks for a LoRA"),
-        ("bone", ["output.serve=vllm"], "vLLM serves LoRA, and bone is saved as PEFT MiSS; write output.rank"),
+        ("bone", ["output.serve=vllm"], "vLLM serves LoRA, and bone is saved here as PEFT MiSS; write output.rank"),
         ("bone", ["adapter.mini_r=4"], "mini_r=4 belongs to variant='mini'"),
         ("bone", ["adapter.variant=bats"], "adapter.variant should be one of bone, bat, mini, not 'bats'"),
         ("bone", ["adapter.lora_alpha=4"], "unknown key 'adapter.lora_alpha' (not a field of BoneConfig)"),

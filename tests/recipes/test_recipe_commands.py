@@ -91,7 +91,7 @@ def test_init_fills_a_cache_from_which_training_takes_the_same_start(finished, t
     def never(*arguments, **options):
         raise AssertionError("decomposed although the start is there")
 
-    monkeypatch.setattr(sys.modules["llmreg.initializers.pissa"], "truncated_svd", never)
+    monkeypatch.setattr(sys.modules["llmreg.initializers.components"], "truncated_svd", never)
     assert run(recipe).start_hash == report.start_hash
     assert clear_starts()[0] == 28
     assert list_starts() == []
