@@ -169,6 +169,8 @@ class Training:
             return self.model(input_ids=tokens, labels=tokens).loss
 
     def update(self) -> None:
+        if self.callback is not None:
+            self.callback.on_pre_optimizer_step(self.arguments, None, None)
         self.optimizer.step()
         if self.callback is not None:
             self.callback.on_optimizer_step(self.arguments, None, None, optimizer=self.optimizer)

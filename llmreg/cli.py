@@ -166,6 +166,7 @@ def export(
     rank: Annotated[int | None, typer.Option(help="Recompress every layer to at most this rank.")] = None,
     dtype: Dtype = None,
     check: Annotated[str | None, typer.Option(help="vllm: fail unless vLLM can serve the result.")] = None,
+    base: Annotated[str | None, typer.Option(help="Folder or Hub id, for tiny adapters only.")] = None,
     as_json: Json = False,
 ) -> None:
     """Write a saved adapter as plain LoRA of a chosen rank and dtype."""
@@ -173,7 +174,7 @@ def export(
 
     from .hub.export import export_lora
 
-    report = export_lora(_path(adapter), _path(folder), rank=rank, dtype=dtype, check=check)
+    report = export_lora(_path(adapter), _path(folder), rank=rank, dtype=dtype, check=check, base=base)
     if as_json:
         _print_json({"path": folder, **asdict(report)})
     else:

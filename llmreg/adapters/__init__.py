@@ -3,7 +3,7 @@
 import peft as _peft  # noqa: F401, first: llmreg registers itself when PEFT has been imported
 
 from .bone_config import BoneConfig
-from .bone_layer import BoneLayer
+from .bone_layer import BoneLinear
 from .bone_model import BoneModel
 from .config import AdditiveConfig
 from .layer import AdditiveLayer
@@ -22,7 +22,7 @@ __all__ = [
     "AdditiveLayer",
     "AdditiveModel",
     "BoneConfig",
-    "BoneLayer",
+    "BoneLinear",
     "BoneModel",
     "PissaConfig",
     "SorsaConfig",

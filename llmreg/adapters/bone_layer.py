@@ -25,7 +25,7 @@ from .bone_merge import merged, store, unmerged
 from .kept_weight import copy_weight, put_back
 from .loading import exact_factors
 
-__all__ = ["BoneLayer", "block_shape"]
+__all__ = ["BoneLinear", "block_shape"]
 
 _WIDE = (torch.float32, torch.float64)
 
@@ -79,7 +79,7 @@ def _is_whole(base: nn.Module) -> bool:
     return torch.compiler.is_compiling() or not is_sharded(base)
 
 
-class BoneLayer(nn.Module, BaseTunerLayer):
+class BoneLinear(nn.Module, BaseTunerLayer):
     """Wraps one base layer that `llmreg.weights.storage_of` accepts; see the module's docstring."""
 
     adapter_layer_names = ("bone_block",)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedError
 from ..weights import gathered, storage_of
-from .bone_layer import BoneLayer
+from .bone_layer import BoneLinear
 from .rollback import unchanged_on_error
 from .tuner_calls import TunerCalls
 
@@ -32,7 +32,7 @@ class BoneModel(TunerCalls, BaseTuner):
     """Tuner of the peft type `BONE`; see `peft.tuners.tuners_utils.BaseTuner` for what it inherits."""
 
     prefix = "bone_"
-    tuner_layer_cls = BoneLayer
+    tuner_layer_cls = BoneLinear
     target_module_mapping = TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -60,10 +60,10 @@ class BoneModel(TunerCalls, BaseTuner):
                 storage_of(base)
             except UnsupportedError as error:
                 raise UnsupportedError(f"Layer {current_key!r} cannot carry a bone adapter: {error}") from None
-            if isinstance(target, BoneLayer):
+            if isinstance(target, BoneLinear):
                 target.update_layer(adapter_name, peft_config)
                 return
-            layer = BoneLayer(target, adapter_name, peft_config, current_key)
+            layer = BoneLinear(target, adapter_name, peft_config, current_key)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not trained before it is made active
         self._replace_module(parent, target_name, layer, target)
@@ -77,7 +77,7 @@ class BoneModel(TunerCalls, BaseTuner):
             return
         self._check_adapter_names(names, kwargs.get("num_beams"))
         hook = partial(_pass_adapter_names, names=list(names))
-        layers = [module for module in self.modules() if isinstance(module, BoneLayer | AuxiliaryTrainingWrapper)]
+        layers = [module for module in self.modules() if isinstance(module, BoneLinear | AuxiliaryTrainingWrapper)]
         handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
         try:
             yield
@@ -129,12 +129,12 @@ def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], na
     return args, {**kwargs, "adapter_names": names}
 
 
-def bone_layers(model: nn.Module, adapter_name: str) -> dict[str, BoneLayer]:
+def bone_layers(model: nn.Module, adapter_name: str) -> dict[str, BoneLinear]:
     """The layers that hold an adapter, by name."""
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, BoneLayer) and adapter_name in module.bone_block
+        if isinstance(module, BoneLinear) and adapter_name in module.bone_block
     }
 
 

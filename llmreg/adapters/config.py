@@ -14,6 +14,7 @@ from peft import LoraConfig
 
 from ..errors import UnsupportedError
 from ..initializers import Factors
+from .loading import is_saving
 from .registry import ADDITIVE
 
 __all__ = ["REFUSED_FIELDS", "SUPPORTED_FIELDS", "AdditiveConfig", "base_change"]
@@ -135,6 +136,21 @@ class AdditiveConfig(LoraConfig):
             value = getattr(self, name)
             if value != _LORA_DEFAULTS[name]:
                 raise UnsupportedError(f"{type(self).__name__} does not support {name}={value!r}: {reason}.")
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As in PEFT; but the config of an adapter that lies on a model is saved with it, by `PeftModel`.
+
+        Raises:
+            UnsupportedError: from elsewhere, as transformers' own `save_pretrained` of a model with adapters does it:
+                the folder would lack what llmreg needs to load it.
+        """
+        if getattr(self, "on_model", False) and not is_saving():
+            raise UnsupportedError(
+                f"A {self.method} adapter is saved by PeftModel.save_pretrained; wrap the model with "
+                "peft.get_peft_model instead of model.add_adapter, and save that (a config alone is saved before it is "
+                "put on a model)."
+            )
+        super().save_pretrained(save_directory, **kwargs)
 
     def needs_regularizer(self) -> bool:
         """Whether training must be given a regulariser that this config asks for."""

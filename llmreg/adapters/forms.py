@@ -213,8 +213,12 @@ class Spectral(Form):
 
     @classmethod
     def set_start(cls, layer: Any, name: str, start: Factors) -> None:
+        errors = []
         for container, value in zip(cls.frozen, (start.A, start.B, start.singular_values), strict=True):
-            getattr(layer, container)[name].weight.copy_(value)
+            weight = getattr(layer, container)[name].weight
+            weight.copy_(value)
+            errors.append(float((weight.to(value) - value).norm() / value.norm().clamp_min(1e-30)))
+        layer.vector_error[name] = max(errors)
         layer.lora_S[name].weight.zero_()
 
     @classmethod

@@ -17,7 +17,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
 
-from ..errors import UnsupportedError
+from ..errors import UnsupportedError, WeightError
 from ..initializers import Factors
 from .config import AdditiveConfig
 from .forms import CONTAINERS, FORMS, Form
@@ -43,6 +43,8 @@ class AdditiveLayer:
             self._kept_weight: Any = None
             self._exact_unmerge: set[str] = set()
             self._unregularized: set[str] = set()
+            #: Of adapters with frozen vectors: their largest relative error (Frobenius) by the dtype they are kept in.
+            self.vector_error: dict[str, float] = {}
 
     def form(self: Any, adapter_name: str) -> type[Form] | None:
         """The form of an additive adapter; None for a plain LoRA, or an adapter that this layer does not carry."""
@@ -100,6 +102,7 @@ class AdditiveLayer:
         super().delete_adapter(adapter_name)  # type: ignore[misc]
         self._exact_unmerge.discard(adapter_name)
         self._unregularized.discard(adapter_name)
+        self.vector_error.pop(adapter_name, None)
 
     def factors(self: Any, adapter_name: str) -> dict[str, Tensor]:
         """The factors of an additive adapter by container, trained ones first, in the dtypes that they compute in."""
@@ -130,7 +133,9 @@ class AdditiveLayer:
         Raises:
             UnsupportedError: at the first training forward.
         """
-        if self._unregularized and adapter_name in self._unregularized and self.training and torch.is_grad_enabled():
+        waits = self._unregularized and adapter_name in self._unregularized
+        # A new layer is in training mode also where the model around it is not.
+        if waits and self.training and self.get_base_layer().training and torch.is_grad_enabled():
             raise UnsupportedError(
                 f"The config of adapter {adapter_name!r} asks for a regulariser, and nothing applies it; pass "
                 "callbacks=[llmreg.RegularizerCallback()] to the trainer, or write weights=None to take only the start."
@@ -143,6 +148,11 @@ class AdditiveLayer:
         if form is None:
             return super().get_delta_weight(adapter)  # type: ignore[misc]
         factors = self.factors(adapter).items()
+        if not all(bool(factor.isfinite().all()) for _, factor in factors):
+            raise WeightError(
+                f"The adapter {adapter!r} holds NaN or infinite values, so it cannot be merged; use another "
+                "checkpoint of it."
+            )
         down, up = form.low_rank({name: f if f.dtype == torch.float64 else f.float() for name, f in factors})
         delta = (up @ down).mul_(self.scaling[adapter])
         return delta.t() if self.fan_in_fan_out else delta
@@ -226,6 +236,6 @@ def upgrade(layer: Any) -> None:
 def downgrade(layer: Any) -> None:
     """Undo `upgrade` on a layer that holds no additive adapter."""
     added = [name for name in CONTAINERS if name not in LoraLayer.adapter_layer_names]
-    for name in (*added, "_kept_weight", "_exact_unmerge", "_unregularized"):
+    for name in (*added, "_kept_weight", "_exact_unmerge", "_unregularized", "vector_error"):
         delattr(layer, name)
     layer.__class__ = type(layer).__mro__[2]  # the class that `AdditiveLayer` was mixed into

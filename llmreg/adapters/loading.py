@@ -1,4 +1,4 @@
-"""What an adapter that is being loaded must know, handed past PEFT's own calls: context variables, nothing else."""
+"""What an adapter that is being loaded or saved must know, handed past PEFT's own calls in context variables."""
 
 from __future__ import annotations
 
@@ -8,10 +8,20 @@ from contextvars import ContextVar
 
 from torch import Tensor
 
-__all__ = ["checking_start", "exact_factors", "expected_start", "saved_factors", "starts", "without_start"]
+__all__ = [
+    "checking_start",
+    "exact_factors",
+    "expected_start",
+    "is_saving",
+    "saved_factors",
+    "saving",
+    "starts",
+    "without_start",
+]
 
 _WITHOUT_START: ContextVar[bool] = ContextVar("llmreg_without_start", default=False)
 _SAVED_FACTORS: ContextVar[dict[str, Tensor] | None] = ContextVar("llmreg_saved_factors", default=None)
+_SAVING: ContextVar[bool] = ContextVar("llmreg_saving", default=False)
 _EXPECTED_START: ContextVar[dict[str, Tensor] | None] = ContextVar("llmreg_expected_start", default=None)
 
 
@@ -59,3 +69,18 @@ def checking_start(checks: dict[str, Tensor]) -> Iterator[None]:
 def expected_start() -> dict[str, Tensor] | None:
     """The checks of the surrounding `checking_start`, if any."""
     return _EXPECTED_START.get()
+
+
+@contextmanager
+def saving() -> Iterator[None]:
+    """Configs written in this context belong to a folder that gets its stored form and sidecar."""
+    token = _SAVING.set(True)
+    try:
+        yield
+    finally:
+        _SAVING.reset(token)
+
+
+def is_saving() -> bool:
+    """Whether a surrounding `saving` sees to the rest of the folder."""
+    return _SAVING.get()

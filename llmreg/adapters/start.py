@@ -88,6 +88,8 @@ def _copy_from_sibling(
                 _take_rank(name, layer, adapter_name, config, layer.r[sibling])
             if layer.r[sibling] == layer.r[adapter_name]:
                 layer.set_start(adapter_name, layer.start(sibling))
+                if sibling in layer.vector_error:  # the sibling's vectors are rounded already
+                    layer.vector_error[adapter_name] = layer.vector_error[sibling]
                 return True
     return False
 

@@ -82,7 +82,7 @@ class SorsaConfig(_DecomposedConfig):
         weights: the regulariser's weight gamma (paper: 4e-4); `None` takes only the start.
         squared: square the Frobenius norms, `||A A^T - I||_F^2`: smooth, but another method than the paper's.
         reduction: "mean" over all factors (the authors' code) or "sum" over layers (the paper's formula).
-        decoupled: a step of its own after the optimizer's, `gamma lr_t / lr_peak` long (the paper's update), in the
+        decoupled: a step of its own beside the optimizer's, `gamma lr_t / lr_peak` long (the paper's update), in the
             manner of decoupled weight decay; False adds the term to the loss, where Adam's moments mix it in.
         svd, oversample, power_iterations: as in `PissaConfig`.
 

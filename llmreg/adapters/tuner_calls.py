@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
@@ -12,6 +13,15 @@ __all__ = ["TunerCalls"]
 
 class TunerCalls:
     """Mixin in front of a tuner."""
+
+    #: Called with the tuner before adapters are merged into the base; rooms above this one add theirs.
+    before_merge: ClassVar[list[Callable[[Any], None]]] = []
+
+    def merge_adapter(self: Any, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT, after `before_merge`."""
+        for call in TunerCalls.before_merge:
+            call(self)
+        super().merge_adapter(*args, **kwargs)  # type: ignore[misc]
 
     def delete_adapter(self: Any, adapter_name: str) -> None:
         """As in PEFT; but if the active adapter goes, its successor is the same on all layers.

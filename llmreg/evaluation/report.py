@@ -36,6 +36,7 @@ class Report:
         singular_values: None, or {layer: [values, largest first]} of what the adapter adds to it.
         recipe: None, or the whole recipe as YAML.
         classes: of a classification, in the order of their numbers, else None.
+        vectors: None, or of SVFit's frozen vectors {"dtype", "error"}: the largest relative error of a layer's.
         changed_on_resume: None for a run in one piece; else what differs from the recipe of its checkpoint.
     """
 
@@ -65,6 +66,7 @@ class Report:
     classes: tuple[str, ...] | None = None
     changed_on_resume: tuple[str, ...] | None = None
     form: str = "plain LoRA"
+    vectors: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain values."""
@@ -87,6 +89,11 @@ class Report:
             f"[bold]Memory[/]    {memory} at the peak",
             f"[bold]Adapter[/]   {escape(self.adapter)} ({self.form} of rank {self.rank}, {_size(self.adapter_bytes)})",
         ]
+        if self.vectors:
+            lines.append(
+                f"[bold]Vectors[/]   frozen in {self.vectors['dtype']}, relative rounding error "
+                f"{self.vectors['error']:.1e}"
+            )
         if self.export:
             rank, dtype, error = (self.export[key] for key in ("rank", "dtype", "relative_error"))
             lines.append(

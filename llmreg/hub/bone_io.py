@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..adapters.bone_config import BoneConfig
-from ..adapters.bone_layer import BoneLayer, block_shape
+from ..adapters.bone_layer import BoneLinear, block_shape
 from ..adapters.bone_model import STORED_NAMES, bone_layers
 from ..errors import AdapterFileError, LlmregError, UnsupportedError
 from ..files import write_json
@@ -118,7 +118,7 @@ def finish_bone(model: nn.Module, name: str, folder: Path, base: BaseRecord) -> 
     write_content(folder, config, [SAFETENSORS_WEIGHTS_NAME], base, layers=shapes)
 
 
-def _shape(layer: BoneLayer) -> list[int]:
+def _shape(layer: BoneLinear) -> list[int]:
     """[out, in, whether the base keeps its weight transposed]."""
     return [layer.out_features, layer.in_features, int(storage_of(layer.get_base_layer()).transposed)]
 
@@ -232,8 +232,8 @@ def _legacy_config(path: Path, settings: dict[str, Any], blocks: dict[str, Tenso
     known.pop("peft_type", None)
     if dimensions == {3}:
         known["variant"] = "bat"
-    elif known.get("variant", "bone") == "bat":
-        known["variant"] = "bone"
+    else:
+        known["variant"] = "mini" if known.get("variant") == "mini" else "bone"
     try:
         return BoneConfig(**known)
     except (LlmregError, TypeError, ValueError) as error:

@@ -77,6 +77,7 @@ def export_lora(
     rank: int | None = None,
     dtype: str | torch.dtype | None = None,
     check: str | None = None,
+    base: str | Path | None = None,
 ) -> ExportReport:
     """Write the adapter in `src` to `dst` as plain LoRA, without a sidecar.
 
@@ -84,6 +85,8 @@ def export_lora(
         src: a saved adapter (plain LoRA, or what llmreg saves). dst: a folder that is empty or does not exist.
         rank: recompress every layer to at most this rank; by default the saved form is kept as it is (rank 2r, exact).
         dtype: "float32", "bfloat16" or "float16"; by default as saved.
+        base: the checkpoint of SVFit's tiny form, whose vectors are computed from it: `pocket`, a folder or a Hub id;
+            by default the one that the adapter names. Other adapters need none.
         check: "vllm" writes nothing unless vLLM can serve the result.
 
     Returns:
@@ -100,7 +103,7 @@ def export_lora(
     if check not in (None, "vllm"):
         raise RecipeError(f"check {check!r} is not known; write vllm, or leave it out.")
     check_new_folder(dst)
-    config, tensors = read_lora(src)
+    config, tensors = read_lora(src, base)
     _check_finite(tensors, f"the adapter in {src}")
     errors: dict[str, tuple[float, float]] = {}
     if rank is not None:

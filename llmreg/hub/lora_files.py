@@ -51,8 +51,11 @@ def check_new_folder(folder: Path) -> None:
         raise RecipeError(f"{folder} is not an empty folder; choose another output or empty it.")
 
 
-def read_lora(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
+def read_lora(folder: Path, base: str | Path | None = None) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Config and tensors of a plain LoRA adapter, or of a Bone or tiny one as the LoRA that it is.
+
+    Args:
+        base: where the base of a tiny one lies, if not where the adapter says.
 
     Raises:
         AdapterFileError: no whole plain-LoRA adapter in safetensors, or one that belongs to changed base weights.
@@ -78,7 +81,7 @@ def read_lora(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
         if kind == SVFIT_TINY.value:
             from .tiny_io import tiny_as_lora
 
-            return tiny_as_lora(folder, read_sidecar(folder))
+            return tiny_as_lora(folder, read_sidecar(folder), base)
         config = LoraConfig(**settings) if kind == "LORA" else None
     except LlmregError:
         raise

@@ -28,13 +28,14 @@ from safetensors import safe_open
 
 from ..adapters.bone_config import BoneConfig
 from ..adapters.config import AdditiveConfig
-from ..adapters.loading import checking_start, exact_factors, saved_factors, without_start
+from ..adapters.loading import checking_start, exact_factors, saved_factors, saving, without_start
 from ..adapters.model import adopt, live_factors
 from ..adapters.registry import ADDITIVE, check_peft_version
 from ..adapters.tiny import check_vectors, is_tiny, vector_checks
+from ..adapters.tuner_calls import TunerCalls
 from ..errors import AdapterFileError, UnsupportedError
 from ..files import commit_folder, staged_folder, write_json
-from .base_records import bare_record, base_record
+from .base_records import bare_record, base_record, remember_base
 from .bone_io import SavedBone, check_same_bone, finish_bone, is_block, layers_of, read_bone
 from .sidecar import FACTORS_NAME, SIDECAR_NAME, Sidecar, read_sidecar, write_sidecar
 
@@ -58,6 +59,7 @@ def install() -> None:
     PeftModel.add_adapter = functools.wraps(_ORIGINAL["add_adapter"])(add_adapter)
     PeftModel.from_pretrained = classmethod(functools.wraps(_ORIGINAL["from_pretrained"])(from_pretrained))
     PeftModel._llmreg_installed, PeftModel._llmreg_original = install, _ORIGINAL
+    TunerCalls.before_merge[:] = [remember_base]
 
 
 # -- saving -----------------------------------------------------------------------------------------------------
@@ -88,7 +90,8 @@ def save_pretrained(self: PeftModel, *args: Any, **kwargs: Any) -> None:
         if (target / "README.md").is_file():
             shutil.copy(target / "README.md", staging)  # PEFT amends a card that is there
         given["save_directory"] = str(staging)
-        original(*call.args, **call.kwargs)
+        with saving():
+            original(*call.args, **call.kwargs)
         for name in additive:
             folder = staging if name == "default" else staging / name
             _finish(self, name, folder, given["kwargs"].get("state_dict"))
@@ -112,7 +115,8 @@ def _finish(model: PeftModel, name: str, folder: Path, state_dict: dict[str, Any
             finish_bone(model, name, folder, base_record(model, layers_of(file.keys())))
         return
     written = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    config.saved_config().save_pretrained(str(folder))
+    with saving():
+        config.saved_config().save_pretrained(str(folder))
     plain = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     plain.update({key: written[key] for key in ("auto_mapping", "base_model_name_or_path", "inference_mode")})
     plain = {
@@ -220,7 +224,7 @@ def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, 
         raise AdapterFileError(
             f"{model_id} has no {SIDECAR_NAME}, so the {live.method} adapter {adapter_name!r} cannot continue from it; "
             "resume from a folder that llmreg saved, or load it under another name"
-            + ("." if isinstance(live, BoneConfig) else " as a plain LoRA.")
+            + ("." if isinstance(live, BoneConfig) or is_tiny(live) else " as a plain LoRA.")
         )
     factors = sidecar.load_factors()
     if live is None:

@@ -102,9 +102,9 @@ def _read_config(folder: Path) -> LoraConfig:
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise AdapterFileError(f"{path} is damaged ({error!r}); copy the adapter again.") from error
     if kind != "LORA":
+        exported = "" if _is_bat(settings) else "make one of it with llmreg export and merge that, or "
         raise UnsupportedError(
-            f"{folder} holds a {kind} adapter, and only plain LoRA can be merged; make one of it with llmreg export "
-            f"and merge that, or {_WITH_PEFT}."
+            f"{folder} holds a {kind} adapter, and only plain LoRA can be merged; {exported}{_WITH_PEFT}."
         )
     defaults = {field.name: field for field in dataclasses.fields(LoraConfig)}
     for name, value in settings.items():
@@ -123,6 +123,11 @@ def _read_config(folder: Path) -> LoraConfig:
         return LoraConfig(**{**settings, "init_lora_weights": True, "eva_config": None, "corda_config": None})
     except (ValueError, TypeError, AttributeError) as error:
         raise AdapterFileError(f"{path} is damaged ({error}); copy the adapter again.") from error
+
+
+def _is_bat(settings: dict[str, Any]) -> bool:
+    """Whether it is Bone's block-affine form, whose update has full rank."""
+    return "bat" in (settings.get("variant"), settings.get("init_weights"))
 
 
 def _changes(config: LoraConfig, file: SafetensorsFile) -> tuple[Change, ...]:

@@ -130,7 +130,14 @@ class Sidecar:
     def load_tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of one file, after every file's digest was checked; raises as `load_factors`."""
         self.check_files()
-        return _read_tensors(self.folder / name)
+        tensors = _read_tensors(self.folder / name)
+        for key, value in tensors.items():
+            if not bool(value.isfinite().all()):
+                raise AdapterFileError(
+                    f"{key!r} of {self.folder / name} holds NaN or infinite values: the training diverged; load "
+                    "another checkpoint."
+                )
+        return tensors
 
     def check_same_bytes(self, base: BaseRecord) -> None:
         """Refuse a base whose targeted layers are not stored as the same bytes.

@@ -45,8 +45,13 @@ def tiny_values(folder: Path, sidecar: Sidecar | None) -> tuple[SvfitConfig, dic
 
 
 @torch.no_grad()
-def tiny_as_lora(folder: Path, sidecar: Sidecar | None) -> tuple[LoraConfig, dict[str, Tensor]]:
+def tiny_as_lora(
+    folder: Path, sidecar: Sidecar | None, base: str | Path | None = None
+) -> tuple[LoraConfig, dict[str, Tensor]]:
     """The tiny adapter in `folder` as the plain LoRA of rank r that computes the same function.
+
+    Args:
+        base: the checkpoint, as `llmreg.merge` takes it; by default the one that the adapter names.
 
     Raises:
         AdapterFileError: what `tiny_values` refuses, or vectors that come out otherwise than in training.
@@ -56,15 +61,15 @@ def tiny_as_lora(folder: Path, sidecar: Sidecar | None) -> tuple[LoraConfig, dic
     config, values = tiny_values(folder, sidecar)
     assert sidecar is not None
     saved = sidecar.load_factors()
-    checkpoint = BaseCheckpoint(locate_base(None, config, sidecar))
+    checkpoint = BaseCheckpoint(locate_base(base, config, sidecar))
     dtype = getattr(torch, sidecar.base.storage, None)  # None for nf4, int8 and mixtures: the bytes then decide
-    base = LayersOnDisk(checkpoint, values, config.fan_in_fan_out, dtype if isinstance(dtype, torch.dtype) else None)
-    record = base.record(hashed=True)
+    on_disk = LayersOnDisk(checkpoint, values, config.fan_in_fan_out, dtype if isinstance(dtype, torch.dtype) else None)
+    record = on_disk.record(hashed=True)
     sidecar.check_base(record)
     sidecar.check_same_bytes(record)
     tensors = {key: value for key, value in load_file(folder / SAFETENSORS_WEIGHTS_NAME).items() if "lora_" not in key}
     for name, S in values.items():
-        layer = base.get_submodule(name)
+        layer = on_disk.get_submodule(name)
         scaling = lora_scaling(config, name, S.numel())
         start = config.start(read_weight(layer, name=name), S.numel(), scaling, name)
         made = {"lora_A0": start.A, "lora_B0": start.B, "lora_S0": start.singular_values}

@@ -120,6 +120,12 @@ def _check_vllm(recipe: Recipe, method: Method, config: Any, exported: int) -> N
         )
     if config.bias != "none":
         raise recipe.error(("adapter", "bias"), "vLLM does not load adapters with biases; write bias: none.")
+    if getattr(config, "energy", None) is not None and not recipe.output.rank:
+        raise recipe.error(
+            ("adapter", "energy"),
+            "energy chooses a rank for each layer, which is not known before and which vLLM would misread; write "
+            "output.rank, or give adapter.r instead.",
+        )
     patterns = [name for name in ("rank_pattern", "alpha_pattern") if getattr(config, name, None)]
     if patterns and not recipe.output.rank:
         name = patterns[0]

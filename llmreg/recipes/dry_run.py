@@ -146,7 +146,7 @@ def preview(recipe: Recipe) -> Preview:
         available=available,
         start_seconds=_start_seconds(settled, adapted),
         exported_rank=published,
-        vllm_rank=served_rank(settled.exported_rank) if form == "plain LoRA" else None,
+        vllm_rank=served_rank(published) if form == "plain LoRA" else None,
         notes=(*notes, *memory.notes),
         form=form,
     )

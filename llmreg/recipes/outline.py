@@ -76,7 +76,10 @@ def with_adapter(model: nn.Module, adapter_config: Any) -> Any:
     """A copy of the outline with the adapter injected; no factor is decomposed on the meta device."""
     from peft import get_peft_model
 
-    return get_peft_model(copy.deepcopy(model), copy.deepcopy(adapter_config), low_cpu_mem_usage=True)
+    adapted = get_peft_model(copy.deepcopy(model), copy.deepcopy(adapter_config), low_cpu_mem_usage=True)
+    for layer in _additive_layers(adapted):
+        layer.set_regularized("default", True)  # as a run does; its memory is a few r x r matrices
+    return adapted
 
 
 def targets(model: nn.Module, adapter_config: Any) -> dict[str, list[str]]:
@@ -123,9 +126,12 @@ def count(peft_model: nn.Module) -> Parameters:
 
 def frozen_factors(model: nn.Module) -> Iterator[nn.Parameter]:
     """What additive adapters keep beside what they train, such as `A0` and `B0`."""
-    from ..adapters.layer import AdditiveLayer
-
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, AdditiveLayer)]
-    for layer in layers:
+    for layer in _additive_layers(model):
         for adapter in filter(layer.form, layer.lora_A):
             yield from layer.frozen_factors(adapter)
+
+
+def _additive_layers(model: nn.Module) -> list[Any]:
+    from ..adapters.layer import AdditiveLayer
+
+    return [module for module in model.modules() if isinstance(module, AdditiveLayer)]

@@ -111,6 +111,7 @@ def report_of(
         adapter_bytes=(adapter / "adapter_model.safetensors").stat().st_size,
         rank=settled.method.saved_rank * largest_rank(trainer.model.peft_config["default"]),
         form=settled.method.form_of(settled.adapter),
+        vectors=_vectors(trainer.model),
         start_hash=(sidecar.start_hash or None) if sidecar else None,
         peak_memory_mib=peak_memory_mib(),
         adapter=str(adapter),
@@ -122,6 +123,16 @@ def report_of(
         classes=None if classes is None else classes.names,
         **facts,
     )
+
+
+def _vectors(model: Any) -> dict[str, Any] | None:
+    """In what SVFit keeps its vectors, and how far that rounds them."""
+    layers = [module for module in model.modules() if "default" in getattr(module, "vector_error", ())]
+    if not layers:
+        return None
+    dtypes = {str(layer.lora_A0["default"].weight.dtype).removeprefix("torch.") for layer in layers}
+    error = max(layer.vector_error["default"] for layer in layers)
+    return {"dtype": "+".join(sorted(dtypes)), "error": error}
 
 
 def _paired(suites: dict[str, list[Suite]], before: Scores, after: Scores) -> tuple[Measurement, ...]:

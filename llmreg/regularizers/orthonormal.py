@@ -35,7 +35,7 @@ class OrthonormalRegularizer:
         weight: gamma; of a decoupled step at the peak learning rate, or of the term in the loss. Paper: 4e-4.
         squared: square the Frobenius norms.
         reduction: "mean" over factors (the authors' code, with which 4e-4 was used) or "sum" (the paper's formula).
-        decoupled: a step of its own after the optimizer's; False adds the term to the loss.
+        decoupled: a step of its own beside the optimizer's, from the same factors; False adds the term to the loss.
 
     Raises:
         UnsupportedError: a weight that is no number >= 0, or an unknown reduction.

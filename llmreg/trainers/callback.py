@@ -62,6 +62,7 @@ class RegularizerCallback(TrainerCallback):
         self._terms: list[_Term] = []
         self._hooks: list[Any] = []
         self._added: set[int] = set()
+        self._directions: list[tuple[_Term, nn.Parameter, Tensor]] = []
 
     # -- the trainer's events --------------------------------------------------------------------------------------
 
@@ -83,8 +84,18 @@ class RegularizerCallback(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._added.clear()
 
+    @torch.no_grad()
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Every hook must have fired: the task's loss reaches all factors, or the term reaches none (law 3)."""
+        """The directions of the decoupled step, where the optimizer's step starts from (the paper's update).
+
+        Of a term in the loss every hook must have fired: the task reaches all factors, or the term none (law 3).
+        """
+        self._directions = [
+            (term, parameter, _gradient(term, parameter, rows))
+            for term in self._terms
+            if term.regularizer.decoupled
+            for parameter, rows in term.factors
+        ]
         expected = sum(len(term.factors) for term in self._terms if not term.regularizer.decoupled)
         if len(self._added) < expected:
             raise UnsupportedError(
@@ -97,16 +108,14 @@ class RegularizerCallback(TrainerCallback):
         if getattr(optimizer, "step_was_skipped", False):  # fp16 found an overflow
             return
         rates = _relative_rates(optimizer, args.learning_rate)
-        for term in self._terms:
-            if term.regularizer.decoupled:
-                for parameter, rows in term.factors:
-                    if id(parameter) not in rates:
-                        raise UnsupportedError(
-                            f"The regulariser {term.regularizer.name!r} follows the learning rate of each factor, and "
-                            "the optimizer lacks some; give the optimizer every parameter that requires gradients."
-                        )
-                    step = term.regularizer.weight * rates[id(parameter)]
-                    parameter.sub_(_gradient(term, parameter, rows), alpha=step)
+        for term, parameter, direction in self._directions:
+            if id(parameter) not in rates:
+                raise UnsupportedError(
+                    f"The regulariser {term.regularizer.name!r} follows the learning rate of each factor, and the "
+                    "optimizer lacks some; give the optimizer every parameter that requires gradients."
+                )
+            parameter.sub_(direction, alpha=term.regularizer.weight * rates[id(parameter)])
+        self._directions = []
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs is None or "loss" not in logs:  # an evaluation, or the summary at the end
@@ -122,7 +131,7 @@ class RegularizerCallback(TrainerCallback):
         for term in self._terms:
             for layer in term.layers:
                 layer.set_regularized(term.adapter, False)
-        self._terms = []
+        self._terms, self._directions = [], []
 
     # -- what they do ----------------------------------------------------------------------------------------------
 

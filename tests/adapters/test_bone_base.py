@@ -262,3 +262,9 @@ def test_trl_s_reference_copy_finds_the_parameters_by_name():
     out = model(x)
     model.set_adapter("ref")
     assert torch.equal(model(x), out)
+
+
+def test_a_second_adapter_finds_all_linear_layers_too():
+    model = peft.get_peft_model(tiny_models.llama(), BoneConfig(r=4, target_modules="all-linear"))
+    model.add_adapter("b", BoneConfig(r=4, target_modules="all-linear", variant="bat"))
+    assert bone_layers(model, "b").keys() == bone_layers(model, "default").keys()

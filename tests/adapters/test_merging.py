@@ -9,6 +9,8 @@ import pytest
 import tiny_models
 import torch
 
+from llmreg.errors import WeightError
+
 #: PEFT's own tolerances for merging: absolute, for float logits; a quantised base is re-quantised, so only correlated.
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 1e-1}
 
@@ -158,3 +160,14 @@ def test_exact_unmerge_keeps_the_parameter_itself_so_that_ties_survive(method):
     model.merge_adapter()
     model.unmerge_adapter()
     assert model.base_model.model.first.base_layer.weight is weight
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_an_adapter_that_is_not_finite_is_not_merged_and_the_base_stays(method, safe):
+    model = wrap(method, "float32")
+    with torch.no_grad():
+        next(parameter for parameter in model.parameters() if parameter.requires_grad).view(-1)[0] = float("nan")
+    before = tiny_models.state_bytes(model)
+    with pytest.raises(WeightError, match="NaN or infinite"):
+        model.merge_adapter(safe_merge=safe)
+    assert tiny_models.state_bytes(model) == before

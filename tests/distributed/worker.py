@@ -18,7 +18,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 import llmreg
-from llmreg.adapters.bone_layer import BoneLayer
+from llmreg.adapters.bone_layer import BoneLinear
 from llmreg.adapters.layer import AdditiveLayer
 
 STEPS = 3
@@ -94,7 +94,7 @@ def zero3(model_dir: str, method: str) -> tuple[list[float], peft.PeftModel, dic
 
     keep = HfDeepSpeedConfig(ZERO3)  # from_pretrained partitions the base while this is alive
     model = wrapped(model_dir, method, autocast_adapter_dtype=False)
-    layer: Any = next(module for module in model.modules() if isinstance(module, AdditiveLayer | BoneLayer))
+    layer: Any = next(module for module in model.modules() if isinstance(module, AdditiveLayer | BoneLinear))
     assert layer.get_base_layer().weight.numel() == 0, "the base was not partitioned"
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer(model), config=ZERO3)
     losses = []

@@ -220,3 +220,19 @@ def test_pickle_and_conversion_are_refused_when_saving(base, method, tmp_path):
     with pytest.raises(UnsupportedError, match="path_initial_model_for_weight_conversion is not needed"):
         model.save_pretrained(tmp_path / "adapter", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
     assert saved.files(tmp_path) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_factors_that_are_not_finite_are_refused(method, base, tmp_path, value):
+    model = peft.get_peft_model(saved.load_base(base), method(r=4, target_modules=TARGETS))
+    with torch.no_grad():
+        next(parameter for parameter in model.parameters() if parameter.requires_grad).view(-1)[0] = value
+    model.save_pretrained(tmp_path / "adapter")
+    _refused(base, tmp_path / "adapter", method, "NaN or infinite")
+
+
+def test_a_save_that_would_lack_the_sidecar_is_refused(method, base, tmp_path):
+    model = saved.load_base(base)
+    model.add_adapter(method(r=4, target_modules=TARGETS))  # transformers' integration of PEFT
+    with pytest.raises(UnsupportedError, match=r"saved by PeftModel\.save_pretrained"):
+        model.save_pretrained(tmp_path / "adapter")

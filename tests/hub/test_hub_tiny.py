@@ -224,3 +224,27 @@ def test_serving_a_tiny_adapter_is_refused_before_training(tmp_path):
     }
     with pytest.raises(RecipeError, match=r"saved here as SVFit values; write output\.rank"):
         plan(make_recipe(values))
+
+
+@pytest.mark.parametrize("from_files", [True, False])
+def test_it_loads_after_it_was_merged_unmerged_and_saved(base, tmp_path, tokens, from_files):
+    model = trained(base) if from_files else trained_in_memory()
+    expected = saved.outputs(model, tokens)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    model.save_pretrained(tmp_path / "adapter")
+    fresh = saved.load_base(base) if from_files else tiny_models.llama()
+    loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter")
+    torch.testing.assert_close(saved.outputs(loaded, tokens), expected, atol=1e-6, rtol=1e-6)
+
+
+def trained_in_memory():
+    config = SvfitConfig(r=6, target_modules=LINEAR, storage="tiny", task_type="CAUSAL_LM")
+    return tiny_models.perturb(peft.get_peft_model(tiny_models.llama(), config), size=0.3)
+
+
+def test_it_exports_from_a_base_that_has_moved(base, folder, tmp_path):
+    moved = base.rename(tmp_path / "elsewhere")
+    with pytest.raises(RecipeError, match="base="):
+        export_lora(folder, tmp_path / "export")
+    assert export_lora(folder, tmp_path / "export", base=moved).rank == 6

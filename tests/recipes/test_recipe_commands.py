@@ -214,3 +214,17 @@ adapter: {{method: svfit, {settings}, target_modules: all-linear}}
 training: {{max_steps: 1, max_length: 64}}
 output: {{dir: {folder}}}
 """
+
+
+def test_a_dry_run_of_a_method_with_a_regulariser_knows_its_memory(tmp_path):
+    result = preview(load_recipe(ROOT / "recipes" / "pocket-sorsa.yaml", [f"output.dir={tmp_path}/out"]))
+    assert result.memory.activations
+    assert not any("regulariser" in note for note in result.notes)
+
+
+def test_a_dry_run_of_chosen_ranks_says_what_vllm_needs(tmp_path):
+    adapter = "adapter={method: svfit, energy: 0.5, allow_large: true, target_modules: all-linear}"
+    result = preview(load_recipe(QUICKSTART, [adapter, f"output.dir={tmp_path}/out"]))
+    assert result.vllm_rank >= result.exported_rank > 1
+    with pytest.raises(RecipeError, match="energy chooses a rank for each layer"):
+        preview(load_recipe(QUICKSTART, [adapter, "output.serve=vllm", f"output.dir={tmp_path}/out"]))

@@ -68,9 +68,8 @@ def test_its_effect_is_the_weight_s_at_any_accumulation(tmp_path, decoupled, acc
         if "lora_S" in name:
             assert not difference.any()
             continue
-        # Decoupled, the term sees the factors after the task's step; in the loss, before it, times SGD's rate.
-        seen = alone[name] if decoupled else start
-        rows = seen if "lora_A" in name else seen.mT
+        # The term sees the factors before the task's step: the paper's update, and in the loss times SGD's rate.
+        rows = start if "lora_A" in name else start.mT
         G = regularizer.gradient(rows, count)
         expected = -0.05 * (1.0 if decoupled else 1e-2) * (G if "lora_A" in name else G.mT)
         torch.testing.assert_close(difference, expected, atol=2e-7, rtol=1e-3)
@@ -108,16 +107,16 @@ def test_the_decoupled_step_follows_the_learning_rate_schedule(tmp_path):
     steps = []
 
     class Spy(RegularizerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            super().on_pre_optimizer_step(args, state, control, **kwargs)
+            term = self._terms[0]
+            self.factor, rows = term.factors[0]
+            self.gradient = term.regularizer.gradient(self.factor.detach(), len(term.factors), rows=rows)
+
         def on_optimizer_step(self, args, state, control, **kwargs):
-            before = {id(p): p.detach().clone() for term in self._terms for p, _ in term.factors}
-            gradients = {
-                id(p): term.regularizer.gradient(p.detach(), len(term.factors), rows=rows).norm()
-                for term in self._terms
-                for p, rows in term.factors
-            }
+            before = self.factor.detach().clone()
             super().on_optimizer_step(args, state, control, **kwargs)
-            p = self._terms[0].factors[0][0]
-            steps.append(float((p.detach() - before[id(p)]).norm() / gradients[id(p)]))
+            steps.append(float((self.factor.detach() - before).norm() / self.gradient.norm()))
 
     model = sorsa(weights=0.02)
     tiny_models.perturb(model, size=0.05)
@@ -132,6 +131,12 @@ def test_training_a_configured_regularizer_without_applying_it_is_refused(tokens
         model.train()(tokens)
     with torch.no_grad():
         model.train()(tokens)
+    inspected = sorsa(weights=1e-3)
+    inspected.get_base_model().eval()
+    for module in inspected.modules():  # as get_peft_model leaves it on a model in evaluation mode
+        if isinstance(module, AdditiveLayer):
+            module.training = True
+    assert torch.isfinite(inspected(tokens).logits).all()
     sorsa(weights=None).train()(tokens)
     sorsa(weights=0).train()(tokens)
 
