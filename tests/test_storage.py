@@ -54,7 +54,13 @@ def refused(capsys):
 @pytest.mark.parametrize("strategy", ["no", "steps"])
 def test_a_disk_that_fills_up_leaves_no_adapter(disk, strategy, refused):
     folder = disk("size=1m")  # the adapter takes 1.3 MB, an optimizer state as much
-    overrides = ["training.max_steps=2", "training.save_steps=1", f"training.save_strategy={strategy}", "evaluation={}"]
+    overrides = [
+        "training.max_steps=2",
+        "training.save_steps=1",
+        f"training.save_strategy={strategy}",
+        "evaluation={}",
+        "data.split=validation",
+    ]
     train = ["train", QUICKSTART, *overrides, f"output.dir={folder / 'out'}"]
     refused("No space left on device", *train)
     assert not list(folder.rglob("adapter_config.json")) or strategy == "steps"

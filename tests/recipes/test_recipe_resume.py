@@ -21,6 +21,7 @@ from llmreg.recipes import running as running_module
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
 SETTINGS = [
+    "data.split=validation",
     "training.max_steps=6",
     "training.save_strategy=steps",
     "training.save_steps=2",
@@ -167,6 +168,7 @@ def test_sigterm_while_training_writes_a_checkpoint_and_the_run_goes_on_from_it(
     assert (folder / weights).read_bytes() == (whole_folder / weights).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM")
 def test_from_the_command_line_sigterm_is_143_and_one_line(tmp_path):
     folder = tmp_path / "out"
@@ -196,9 +198,13 @@ def test_from_the_command_line_sigterm_is_143_and_one_line(tmp_path):
     "task",
     [
         ["task=dpo", "data.train=pocket/preferences", "evaluation={tasks: [pocket/preferences], limit: 4}"],
-        ["task=classification", "data.train=pocket/classification", "evaluation={tasks: [pocket/classification]}"],
-        ["model.quantization=nf4"],
-        ["adapter.method=lora"],
+        [
+            "task=classification",
+            "data.train=pocket/classification",
+            "evaluation={tasks: [pocket/classification], limit: 4}",
+        ],
+        pytest.param(["model.quantization=nf4"], marks=pytest.mark.slow),
+        pytest.param(["adapter.method=lora"], marks=pytest.mark.slow),
     ],
     ids=["dpo", "classification", "nf4", "lora"],
 )
