@@ -122,6 +122,10 @@ def start(
         server.stdin.flush()
 
 
+#: Runs the file that is the first argument, as `python FILE` would.
+RUN_FILE = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
 def run(code: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess:
     """Run `code` as `python -c` would in `folder`: the exit code and what it printed."""
     with tempfile.TemporaryDirectory() as streams:

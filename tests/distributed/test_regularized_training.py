@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fresh_process
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -30,11 +31,14 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     for processes in (1, 2):
         outs[processes] = folder / str(processes)
         outs[processes].mkdir()
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
-        command = [sys.executable, *launcher, WORKER, folder / "base", outs[processes], 4 // processes]
-        done = subprocess.run(
-            list(map(str, command)), capture_output=True, text=True, env=environment, timeout=580, check=False
-        )
+        arguments = [str(WORKER), str(folder / "base"), str(outs[processes]), str(4 // processes)]
+        if processes == 1:
+            done = fresh_process.run(fresh_process.RUN_FILE, *arguments, folder=folder)
+        else:
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+            done = subprocess.run(
+                [*launcher, *arguments], capture_output=True, text=True, env=environment, timeout=580, check=False
+            )
         assert done.returncode == 0, done.stderr[-3000:]
     return outs
 
