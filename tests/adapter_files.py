@@ -6,12 +6,11 @@ import atexit
 import itertools
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+import fresh_process
 import pytest
 import tiny_models
 import torch
@@ -78,7 +77,8 @@ for line in sys.stdin:
 class PlainPeft:
     """Another process, with another seed and without llmreg, that loads adapters by plain PEFT; started once."""
 
-    _process: subprocess.Popen | None = None
+    _requests: TextIO | None = None
+    _replies: TextIO | None = None
     _folder: tempfile.TemporaryDirectory | None = None
     _numbers = itertools.count()
 
@@ -94,9 +94,10 @@ class PlainPeft:
         **load: Any,
     ) -> tuple[Tensor, list[str]]:
         """Logits (or last hidden states) for `tokens` and the warnings of loading `adapter` onto `base`."""
-        if cls._process is None:
+        if cls._requests is None:
             cls._start()
-        assert cls._process is not None
+        assert cls._requests is not None
+        assert cls._replies is not None
         assert cls._folder is not None
         result = Path(cls._folder.name) / f"{next(cls._numbers)}.safetensors"
         adapters = adapter if isinstance(adapter, list) else [adapter]
@@ -110,9 +111,9 @@ class PlainPeft:
             "load": load,
             "result": str(result),
         }
-        cls._process.stdin.write(json.dumps(request) + "\n")
-        cls._process.stdin.flush()
-        reply = json.loads(cls._process.stdout.readline())
+        cls._requests.write(json.dumps(request) + "\n")
+        cls._requests.flush()
+        reply = json.loads(cls._replies.readline())
         if "error" in reply:
             raise RuntimeError(reply["error"])
         return load_file(result)["out"], reply["warnings"]
@@ -120,23 +121,20 @@ class PlainPeft:
     @classmethod
     def _start(cls) -> None:
         cls._folder = tempfile.TemporaryDirectory()
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        cls._process = subprocess.Popen(
-            [sys.executable, "-c", _WORKER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            cwd=cls._folder.name,
-            env=environment,
-        )
+        pipes = [os.path.join(cls._folder.name, name) for name in ("requests", "replies")]
+        for pipe in pipes:
+            os.mkfifo(pipe)
+        requests, replies = pipes
+        fresh_process.start(_WORKER, folder=cls._folder.name, stdin=requests, stdout=replies, stderr=os.devnull)
+        cls._requests, cls._replies = open(requests, "w"), open(replies)  # noqa: SIM115
         atexit.register(cls._stop)
 
     @classmethod
     def _stop(cls) -> None:
-        if cls._process is not None:
-            cls._process.stdin.close()
-            cls._process.wait(timeout=20)
+        if cls._requests is not None:
+            cls._requests.close()
+            assert cls._replies.read() == ""  # waits for its end
+            cls._replies.close()
         if cls._folder is not None:
             cls._folder.cleanup()
 

@@ -13,11 +13,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import logging
-import subprocess
-import sys
 import tempfile
-from pathlib import Path
 
+import fresh_process
 import pytest
 import tiny_models
 import torch
@@ -63,13 +61,10 @@ def tokens():
 
 @pytest.fixture
 def run_python(tmp_path):
-    """A function (code, *arguments) -> stdout of a new process in the repository; stderr is shown if it fails."""
-    root = Path(__file__).parents[1]
+    """A function (code, *arguments) -> stdout of a new process without PEFT and llmreg; stderr is shown if it fails."""
 
-    def run(code: str, *arguments: str, **environment: str) -> str:
-        command = [sys.executable, "-c", code, *map(str, arguments)]
-        env = {**os.environ, "PYTHONPATH": str(root), **environment}
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    def run(code: str, *arguments: str) -> str:
+        done = fresh_process.run(code, *arguments, folder=tmp_path)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 

@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
 SHORT = ["training.max_steps=2", "evaluation.limit=8"]
+FEW = "data.split=validation"  # rows to prepare
 
 
 def llmreg(*arguments: str, **options) -> subprocess.CompletedProcess:
@@ -51,13 +52,15 @@ def test_the_quickstart_runs_and_prints_its_report_and_no_warning(tmp_path):
 
 
 def test_json_is_alone_on_stdout(cli, tmp_path):
-    code, out, err = cli("train", QUICKSTART, *SHORT, f"output.dir={tmp_path / 'out'}", "evaluation={}", "--json")
+    code, out, err = cli("train", QUICKSTART, *SHORT, f"output.dir={tmp_path / 'out'}", "evaluation={}", FEW, "--json")
     assert (code, err) == (0, "")
     assert json.loads(out) == json.loads((tmp_path / "out" / "report.json").read_text())
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_stops_it_cleanly(number, code, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "llmreg", "train", QUICKSTART, f"output.dir={out}", "evaluation={}"]
@@ -178,7 +181,7 @@ def test_init_fills_lists_and_clears_a_cache(cli, tmp_path):
 
 def test_a_run_is_measured_merged_and_shown_as_it_would_be_pushed(cli, tmp_path):
     out = tmp_path / "out"
-    assert cli("train", QUICKSTART, *SHORT, f"output.dir={out}", "adapter.r=2")[0] == 0
+    assert cli("train", QUICKSTART, *SHORT, FEW, f"output.dir={out}", "adapter.r=2")[0] == 0
     code, printed, err = cli("eval", out, "evaluation.limit=4", "--no-merged", "--json")
     assert (code, err) == (0, "")
     assert {row["name"] for row in json.loads(printed)["scores"]} >= {"pocket/facts"}

@@ -23,22 +23,21 @@ REGISTERED = "import peft; assert peft.PeftModel._llmreg_installed; peft.PeftTyp
         f"from llmreg import PissaConfig; {REGISTERED}; assert PissaConfig(r=4).r == 4",
     ],
 )
-def test_peft_knows_the_methods_in_whatever_order_they_are_imported(code):
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_peft_knows_the_methods_in_whatever_order_they_are_imported(code, run_python):
+    run_python(code)
 
 
-def test_an_import_of_peft_that_fails_first_does_not_lose_the_registration(tmp_path):
-    (tmp_path / "peft").mkdir()
-    (tmp_path / "peft" / "__init__.py").write_text("raise ImportError('not today')")
+def test_an_import_of_peft_that_fails_first_does_not_lose_the_registration(tmp_path, run_python):
+    broken = tmp_path / "broken"
+    (broken / "peft").mkdir(parents=True)
+    (broken / "peft" / "__init__.py").write_text("raise ImportError('not today')")
     code = (
         "import sys, llmreg\n"
-        f"sys.path.insert(0, {str(tmp_path)!r})\n"
+        f"sys.path.insert(0, {str(broken)!r})\n"
         "try:\n import peft\nexcept ImportError: pass\nelse: raise SystemExit('it should have failed')\n"
-        f"sys.path.remove({str(tmp_path)!r})\n{REGISTERED}"
+        f"sys.path.remove({str(broken)!r})\n{REGISTERED}"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_python(code)
 
 
 def test_no_test_reaches_the_hub():

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -37,33 +35,44 @@ def disk(tmp_path):
         subprocess.run(["umount", folder], check=True)
 
 
-def llmreg(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "llmreg", *map(str, arguments)]
-    return subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+@pytest.fixture
+def refused(capsys):
+    """A function (words, *arguments): the command line refuses the arguments in one sentence that holds the words."""
+    from llmreg.cli import _run
 
+    def check(words: str, *arguments) -> None:
+        capsys.readouterr()
+        code = _run([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        assert (code, out) == (2, ""), err
+        assert words in err
+        assert err.count("\n") == 1
 
-def refused(done: subprocess.CompletedProcess, words: str) -> None:
-    assert (done.returncode, done.stdout) == (2, ""), done.stderr
-    assert words in done.stderr
-    assert done.stderr.count("\n") == 1
+    return check
 
 
 @pytest.mark.parametrize("strategy", ["no", "steps"])
-def test_a_disk_that_fills_up_leaves_no_adapter(disk, strategy):
+def test_a_disk_that_fills_up_leaves_no_adapter(disk, strategy, refused):
     folder = disk("size=1m")  # the adapter takes 1.3 MB, an optimizer state as much
-    overrides = ["training.max_steps=2", "training.save_steps=1", f"training.save_strategy={strategy}", "evaluation={}"]
-    refused(llmreg("train", QUICKSTART, *overrides, f"output.dir={folder / 'out'}"), "No space left on device")
+    overrides = [
+        "training.max_steps=2",
+        "training.save_steps=1",
+        f"training.save_strategy={strategy}",
+        "evaluation={}",
+        "data.split=validation",
+    ]
+    train = ["train", QUICKSTART, *overrides, f"output.dir={folder / 'out'}"]
+    refused("No space left on device", *train)
     assert not list(folder.rglob("adapter_config.json")) or strategy == "steps"
     assert not (folder / "out" / "adapter").exists()
     if strategy == "steps":
         from llmreg.recipes.resuming import is_whole
 
         assert not any(map(is_whole, folder.rglob("checkpoint-*")))
-        done = llmreg("train", QUICKSTART, *overrides, f"output.dir={folder / 'out'}", "--resume")
-        refused(done, "no whole checkpoint to resume from")
+        refused("no whole checkpoint to resume from", *train, "--resume")
 
 
-def test_a_read_only_folder_is_one_sentence_for_every_command_that_writes(disk, tmp_path):
+def test_a_read_only_folder_is_one_sentence_for_every_command_that_writes(disk, tmp_path, refused):
     import peft
 
     import llmreg as package
@@ -72,8 +81,11 @@ def test_a_read_only_folder_is_one_sentence_for_every_command_that_writes(disk, 
     model = peft.get_peft_model(pocket.load_model(), package.PissaConfig(r=2, target_modules=["q_proj"]))
     model.save_pretrained(tmp_path / "adapter")
     folder = disk("ro")
-    refused(llmreg("train", QUICKSTART, f"output.dir={folder / 'out'}"), "Read-only file system")
-    refused(llmreg("export", tmp_path / "adapter", folder / "out"), "Read-only file system")
-    refused(llmreg("merge", tmp_path / "adapter", folder / "out"), "Read-only file system")
-    refused(llmreg("init", QUICKSTART, "--output", folder / "cache"), "Read-only file system")
+    for arguments in (
+        ["train", QUICKSTART, f"output.dir={folder / 'out'}"],
+        ["export", tmp_path / "adapter", folder / "out"],
+        ["merge", tmp_path / "adapter", folder / "out"],
+        ["init", QUICKSTART, "--output", folder / "cache"],
+    ):
+        refused("Read-only file system", *arguments)
     assert list(folder.iterdir()) == []

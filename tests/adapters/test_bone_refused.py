@@ -132,35 +132,3 @@ def test_the_catalogue_knows_it():
     row = methods.get_method("bone")
     assert row.config_class() is BoneConfig
     assert row.kind == "bone"
-
-
-def test_a_worker_that_never_imported_llmreg_unpickles_a_model(run_python, tmp_path):
-    script = """
-import multiprocessing, pickle, sys, torch
-
-def work(data, x, queue):
-    assert "llmreg" not in sys.modules, "the worker knows llmreg before it has unpickled anything"
-    model = pickle.loads(data)
-    queue.put((model(x).detach().numpy(), model.peft_config["default"].peft_type.value))
-
-if __name__ == "__main__":
-    import llmreg, peft
-    torch.set_num_threads(1)
-    base = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
-    model = peft.get_peft_model(base, llmreg.BoneConfig(variant="bat", r=4, target_modules=["0", "2"]))
-    with torch.no_grad():
-        model.base_model.model[0].block("default").add_(0.1)
-    x = torch.randn(3, 8)
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    worker = context.Process(target=work, args=(pickle.dumps(model), x, queue))
-    worker.start()
-    out, peft_type = queue.get(timeout=120)
-    worker.join()
-    assert torch.allclose(torch.from_numpy(out), model(x), atol=1e-6)
-    print(peft_type)
-"""
-    path = tmp_path / "worker_script.py"
-    path.write_text(script)
-    # A spawned worker imports the main file again, so it has to be a file that is run.
-    assert run_python("import os, sys; os.execv(sys.executable, [sys.executable, *sys.argv[1:]])", path) == "BONE"

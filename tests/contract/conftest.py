@@ -14,9 +14,19 @@ def case(request):
     return request.param
 
 
-@pytest.fixture(params=cells(), ids=str)
+#: Models on which every storage is tested by default: an MLP and a language model.
+IN_EVERY_STORAGE = ("mlp", "llama")
+
+
+def _by_default(cell):
+    return cell.storage == "float32" or cell.model.name in IN_EVERY_STORAGE
+
+
+@pytest.fixture(
+    params=[pytest.param(cell, marks=[] if _by_default(cell) else [pytest.mark.slow]) for cell in cells()], ids=str
+)
 def cell(request):
-    """Every adapter on every model in every storage."""
+    """Every adapter on every model in every storage; slow are the other models in other storages than fp32."""
     return request.param
 
 

@@ -7,13 +7,10 @@ import enum
 import inspect
 import json
 import multiprocessing
-import os
 import pickle
 import re
-import subprocess
-import sys
-from pathlib import Path
 
+import fresh_process
 import peft
 import pytest
 import tiny_models
@@ -84,17 +81,12 @@ IMPORTS = {
     "forgotten before peft": f"import llmreg\n{FORGET}\nimport llmreg, peft",
     "forgotten and imported again": f"import peft, llmreg\nllmreg.{{config}}\n{FORGET}\nimport llmreg",
 }
-#: One process imports what is heavy and not ours; what each of `IMPORTS` asks for is then done in a fork.
+#: What each of `IMPORTS` asks for is done in a fork of a process that has imported what is heavy and not ours.
 FORKS = (
     LIFE
     + """
-import contextlib, json, os, sys, tempfile, traceback
-import accelerate, huggingface_hub, safetensors.torch, torch._inductor.utils, transformers
-from transformers import PreTrainedModel
-with contextlib.suppress(ImportError):
-    import bitsandbytes
+import json, os, sys, tempfile, traceback
 assert not {"peft", "llmreg"} & set(sys.modules)
-torch.set_num_threads(1)
 cases = json.loads(sys.argv[2])
 results = {}
 for name, code in json.loads(sys.argv[1]).items():
@@ -130,11 +122,10 @@ def recipe(case):
 
 
 @pytest.fixture(scope="module")
-def lives():
+def lives(tmp_path_factory):
     """A function (key of `IMPORTS`, case) -> the digest of that life, or the traceback that ended it."""
-    command = [sys.executable, "-c", FORKS, json.dumps(IMPORTS), json.dumps([recipe(case) for case in CASES])]
-    environment = {**os.environ, "PYTHONPATH": str(Path(llmreg.__file__).parents[1])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    cases = json.dumps([recipe(case) for case in CASES])
+    done = fresh_process.run(FORKS, json.dumps(IMPORTS), cases, folder=tmp_path_factory.mktemp("lives"))
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])
     return lambda imports, case: results[imports][str(recipe(case))]

@@ -1,4 +1,4 @@
-"""One rank of a Trainer run with SORSA's regulariser: python ddp_worker.py MODEL_DIR OUT_DIR decoupled|loss BATCH."""
+"""One rank of Trainer runs with SORSA's regulariser, of each kind: python ddp_worker.py MODEL_DIR OUT_DIR BATCH."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import llmreg
 
 
-def main() -> None:
-    model_dir, out, kind, batch = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-    torch.set_num_threads(1)
+def train(kind: str, model_dir: str, out: Path, batch: int) -> None:
     config = llmreg.SorsaConfig(
         r=4, target_modules=["q_proj", "down_proj"], weights=0.05, decoupled=kind == "decoupled"
     )
@@ -47,7 +45,13 @@ def main() -> None:
     Trainer(model, args, train_dataset=rows, callbacks=[llmreg.RegularizerCallback()]).train()
     if int(os.environ.get("RANK", 0)) == 0:
         trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-        save_file(trained, out / "trained.safetensors")
+        save_file(trained, out / f"{kind}.safetensors")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for kind in ("decoupled", "loss"):
+        train(kind, sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
     if dist.is_initialized():  # a process that ends with an open group may abort on the group's threads
         dist.barrier()
         dist.destroy_process_group()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fresh_process
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,25 +17,35 @@ WORKER = Path(__file__).with_name("ddp_worker.py")
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(600)]
 
 
-def run(processes: int, kind: str, model_dir: Path, out: Path) -> dict[str, torch.Tensor]:
-    out.mkdir()
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *launcher, str(WORKER), str(model_dir), str(out), kind, str(4 // processes)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=580)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return load_file(out / "trained.safetensors")
-
-
-@pytest.mark.parametrize("kind", ["decoupled", "loss"])
-def test_two_processes_take_the_steps_of_one(kind: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """By the number of processes, the folder with what they trained: `decoupled.safetensors` and `loss.safetensors`."""
+    folder = tmp_path_factory.mktemp("regularized")
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64
     )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
-    one = run(1, kind, tmp_path / "base", tmp_path / "one")
-    two = run(2, kind, tmp_path / "base", tmp_path / "two")
+    LlamaForCausalLM(config).save_pretrained(folder / "base")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    outs = {}
+    for processes in (1, 2):
+        outs[processes] = folder / str(processes)
+        outs[processes].mkdir()
+        arguments = [str(WORKER), str(folder / "base"), str(outs[processes]), str(4 // processes)]
+        if processes == 1:
+            done = fresh_process.run(fresh_process.RUN_FILE, *arguments, folder=folder)
+        else:
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+            done = subprocess.run(
+                [*launcher, *arguments], capture_output=True, text=True, env=environment, timeout=580, check=False
+            )
+        assert done.returncode == 0, done.stderr[-3000:]
+    return outs
+
+
+@pytest.mark.parametrize("kind", ["decoupled", "loss"])
+def test_two_processes_take_the_steps_of_one(kind: str, results: dict[int, Path]) -> None:
+    one, two = (load_file(results[processes] / f"{kind}.safetensors") for processes in (1, 2))
     assert one.keys() == two.keys()
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, atol=2e-6, rtol=1e-5)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fresh_process
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -41,10 +42,15 @@ Results = dict[str, tuple[list[float], dict[str, torch.Tensor]]]
 def run(mode: str, model_dir: Path, out: Path) -> Results:
     """Losses and saved factors by method, of a run of `worker.py`."""
     out.mkdir()
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*(launcher if mode != "single" else [sys.executable]), str(WORKER), mode, str(model_dir), str(out)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=580)
+    arguments = [str(WORKER), mode, str(model_dir), str(out)]
+    if mode == "single":
+        done = fresh_process.run(fresh_process.RUN_FILE, *arguments, folder=out)
+    else:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*launcher, *arguments], capture_output=True, text=True, env=environment, timeout=580, check=False
+        )
     assert done.returncode == 0, done.stderr[-3000:]
     return {method: _result(out / method) for method in METHODS}
 

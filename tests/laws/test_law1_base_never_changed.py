@@ -106,7 +106,20 @@ def test_two_adapters_of_different_settings_share_one_base(case, method):
     assert tiny_models.state_bytes(model.unload()) == bytes_before
 
 
-@pytest.mark.parametrize("lora_first", [True, False])
+@pytest.mark.parametrize(
+    ("case", "lora_first"),
+    [
+        pytest.param(
+            *case.values,
+            lora_first,
+            id=f"{case.id}-{'lora' if lora_first else 'ours'}-first",
+            marks=[] if lora_first or case.id.endswith("float32") else [pytest.mark.slow],
+        )
+        for case in CASES
+        for lora_first in (True, False)
+    ],
+    indirect=["case"],
+)
 def test_plain_lora_lives_beside_in_both_orders(case, method, lora_first):
     base, targets, tokens = case
     before, bytes_before = tiny_models.logits(base, tokens), tiny_models.state_bytes(base)

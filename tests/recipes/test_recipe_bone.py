@@ -15,7 +15,7 @@ from llmreg.recipes.evaluating import evaluate
 from llmreg.recipes.starting import prepare_starts
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-SHORT = ["training.max_steps=2", "evaluation.limit=4", "training.warmup_steps=0"]
+SHORT = ["data.split=validation", "training.max_steps=2", "evaluation.limit=4", "training.warmup_steps=0"]
 VARIANTS = {
     "bone": "adapter={method: bone, r: 16, target_modules: all-linear}",
     "mini": "adapter={method: bone, variant: mini, r: 16, mini_r: 8, target_modules: all-linear}",
@@ -43,9 +43,23 @@ def test_a_run_reports_what_was_saved_and_eval_finds_it_again(variant, tmp_path)
         assert row["merged"] == pytest.approx(before.after, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["pocket-dpo-lora", "pocket-classification-lora", "pocket-nf4"])
-@pytest.mark.parametrize("variant", ["bone", "bat"])
-def test_every_task_and_an_nf4_base_train_it(name, variant, tmp_path):
+@pytest.mark.parametrize(
+    ("variant", "name"),
+    [
+        ("bone", "pocket-classification-lora"),
+        ("bat", "pocket-nf4"),
+        *[  # the test below trains the third task
+            pytest.param(variant, name, marks=pytest.mark.slow)
+            for variant, name in (
+                ("bat", "pocket-classification-lora"),
+                ("bone", "pocket-nf4"),
+                ("bone", "pocket-dpo-lora"),
+                ("bat", "pocket-dpo-lora"),
+            )
+        ],
+    ],
+)
+def test_every_task_and_an_nf4_base_train_it(variant, name, tmp_path):
     report = run(recipe(tmp_path / "out", variant, name=name))
     assert report.steps == 2
     assert report.train_loss == report.train_loss
@@ -54,11 +68,11 @@ def test_every_task_and_an_nf4_base_train_it(name, variant, tmp_path):
 
 
 def test_dpo_starts_at_ln_2(tmp_path):
-    report = run(recipe(tmp_path / "out", "bat", "training.logging_steps=1", name="pocket-dpo-lora"))
+    report = run(recipe(tmp_path / "out", "bat", "training.logging_steps=1", "evaluation={}", name="pocket-dpo-lora"))
     assert report.losses[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
 
 
-@pytest.mark.parametrize("variant", list(VARIANTS))
+@pytest.mark.parametrize("variant", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("bone", "mini")), "bat"])
 def test_a_resumed_run_ends_with_the_same_bits(variant, tmp_path):
     saving = ["training.save_strategy=steps", "training.save_steps=2", "training.max_steps=4", "evaluation={}"]
     dropout = "adapter.bone_dropout=0.1"

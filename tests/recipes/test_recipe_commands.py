@@ -16,7 +16,7 @@ from llmreg.recipes.starting import clear_starts, list_starts
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
-SHORT = ["training.max_steps=2", "adapter.r=4", "evaluation.limit=8"]
+SHORT = ["data.split=validation", "training.max_steps=2", "adapter.r=4", "evaluation.limit=8"]
 
 
 @pytest.fixture(scope="module")

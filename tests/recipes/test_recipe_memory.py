@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import peft
 import pytest
@@ -314,6 +317,20 @@ import sys
 from llmreg.recipes import load_recipe, run
 run(load_recipe(sys.argv[2], sys.argv[3:]))
 """
+
+
+@pytest.fixture
+def run_python(tmp_path, request):
+    """As everywhere, but Python itself is started: what a fork shares with others is counted in its memory or not."""
+
+    def run(code: str, *arguments: str) -> str:
+        env = {**os.environ, "PYTHONPATH": str(request.config.rootpath)}
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    return run
 
 
 @pytest.fixture

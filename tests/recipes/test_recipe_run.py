@@ -15,7 +15,8 @@ from llmreg.recipes import results as results_module
 from llmreg.recipes import running as running_module
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-SHORT = ["training.max_steps=2", "evaluation.limit=8"]
+#: The validation split is the shorter one: preparing 6000 rows takes longer than two steps.
+SHORT = ["data.split=validation", "training.max_steps=2", "evaluation.limit=8"]
 
 LOAD_PLAIN = """
 import sys, torch
@@ -109,7 +110,17 @@ def test_a_rank_and_dtype_of_the_output_are_exported_beside_the_adapter(tmp_path
     assert report.measurements == ()
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("pocket-*.yaml")))
+#: Recipes that differ from one of the others in what is tested elsewhere.
+SIBLINGS = {"pocket-bone", "pocket-classification", "pocket-dpo-lora", "pocket-lora"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(path.stem, marks=[pytest.mark.slow] if path.stem in SIBLINGS else [])
+        for path in sorted(RECIPES.glob("pocket-*.yaml"))
+    ],
+)
 def test_the_other_pocket_recipes_run(name, tmp_path):
     if name == "pocket-nf4":
         pytest.importorskip("bitsandbytes")
@@ -156,8 +167,20 @@ def test_conversations_need_a_chat_template(jsonl, tmp_path):
         run(recipe)
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit(143), OSError("No space left on device")])
-@pytest.mark.parametrize("where", ["measure_suites", "_train", "commit_folder"])
+STOPS = [KeyboardInterrupt, SystemExit(143), OSError("No space left on device")]
+PLACES = ["measure_suites", "_train", "commit_folder"]
+
+
+@pytest.mark.parametrize(
+    ("where", "stop"),
+    [
+        pytest.param(
+            where, stop, marks=[] if where == "commit_folder" or stop is KeyboardInterrupt else [pytest.mark.slow]
+        )
+        for where in PLACES
+        for stop in STOPS
+    ],
+)
 def test_an_interruption_leaves_no_half_adapter_and_no_occupied_folder(stop, where, tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise stop

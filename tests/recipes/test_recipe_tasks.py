@@ -15,7 +15,7 @@ from llmreg.recipes.data import Classes, classes_of, in_format, numbered
 from llmreg.recipes.tasks import TASKS
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
-SHORT = ["training.max_steps=2", "adapter.r=4", "training.per_device_train_batch_size=4"]
+SHORT = ["data.split=validation", "training.max_steps=2", "adapter.r=4", "training.per_device_train_batch_size=4"]
 DPO = ["task=dpo", "data.train=pocket/preferences", "training.learning_rate=1e-3"]
 CLASSES = ["task=classification", "data.train=pocket/classification"]
 

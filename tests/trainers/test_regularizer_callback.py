@@ -48,7 +48,7 @@ def factors(model):
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("accumulation", [1, 4, 64])
+@pytest.mark.parametrize("accumulation", [1, 4, pytest.param(64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("decoupled", [True, False], ids=["decoupled", "loss"])
 def test_its_effect_is_the_weight_s_at_any_accumulation(tmp_path, decoupled, accumulation):
     """Two runs that differ in the term alone: what it moved is the difference of their factors."""

@@ -10,7 +10,18 @@ import pytest
 import torch
 import trl_runs as runs
 
-BASES = ["float32", "nf4", "int8"]
+#: How a base is stored, and whether TRL is given a config or a model that carries the adapter.
+STARTS = pytest.mark.parametrize(
+    ("bases", "passed"),
+    [
+        ("float32", "config"),
+        ("float32", "prebuilt"),
+        ("nf4", "prebuilt"),
+        ("int8", "config"),
+        pytest.param("nf4", "config", marks=pytest.mark.slow),
+        pytest.param("int8", "prebuilt", marks=pytest.mark.slow),
+    ],
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +42,7 @@ def _trainer(kind, base, storage, config, passed, folder, **arguments):
     return runs.BUILDERS[kind](model, folder, config, **arguments)
 
 
-@pytest.mark.parametrize("passed", ["config", "prebuilt"])
-@pytest.mark.parametrize("bases", BASES)
+@STARTS
 @pytest.mark.parametrize("kind", ["sft", "dpo", "grpo"])
 def test_building_a_trainer_leaves_the_logits_to_the_bit(method, base, tmp_path, ids, kind, bases, passed):
     expected = saved.outputs(saved.load_base(base, bases), ids)
@@ -43,8 +53,7 @@ def test_building_a_trainer_leaves_the_logits_to_the_bit(method, base, tmp_path,
         assert torch.equal(saved.outputs(trainer.model, ids), expected)
 
 
-@pytest.mark.parametrize("passed", ["config", "prebuilt"])
-@pytest.mark.parametrize("bases", BASES)
+@STARTS
 def test_first_dpo_loss_is_ln_2_and_the_margin_is_0(method, base, tmp_path, bases, passed):
     config = method(r=4, target_modules=runs.TARGETS)
     trainer = _trainer("dpo", base, bases, config, passed, tmp_path, learning_rate=0.0, max_steps=2)
@@ -54,8 +63,7 @@ def test_first_dpo_loss_is_ln_2_and_the_margin_is_0(method, base, tmp_path, base
         assert entry["rewards/margins"] == 0
 
 
-@pytest.mark.parametrize("passed", ["config", "prebuilt"])
-@pytest.mark.parametrize("bases", BASES)
+@STARTS
 def test_grpo_kl_is_0_at_the_start(method, base, tmp_path, bases, passed):
     config = method(r=4, target_modules=runs.TARGETS)
     trainer = _trainer("grpo", base, bases, config, passed, tmp_path, learning_rate=0.0)
@@ -77,8 +85,15 @@ def test_the_reference_copy_of_a_prebuilt_adapter_equals_it(method, base, tmp_pa
     assert torch.equal(saved.outputs(trainer.model, ids), before)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("kind", ["sft", "dpo", "grpo"])
+@pytest.mark.parametrize(
+    ("kind", "accumulation"),
+    [
+        ("sft", 1),
+        ("dpo", 1),
+        ("grpo", 2),
+        *[pytest.param(*cell, marks=pytest.mark.slow) for cell in (("sft", 2), ("dpo", 2), ("grpo", 1))],
+    ],
+)
 def test_training_moves_only_what_trains_of_the_trained_adapter(method, base, tmp_path, kind, accumulation):
     model = peft.get_peft_model(saved.load_base(base), method(r=4, target_modules=runs.TARGETS))
     arguments = {"learning_rate": 1e-2, "gradient_accumulation_steps": accumulation, "max_steps": 2}
