@@ -118,7 +118,8 @@ class SvfitConfig(_DecomposedConfig):
     """SVFit (arXiv 2409.05926): trains only the change of `r` singular values, `U diag(S) V^T x` added to `W x`.
 
     `U` and `V` are frozen and kept in the base's dtype; `S` starts at zero and is float32. It wants a learning rate
-    far above LoRA's. The paper has no alpha: `s = 1` unless `lora_alpha` says otherwise.
+    far above LoRA's: start at 5e-2, and try 1e-2 and 1e-1 (`evals/sweep.py`). The paper has no alpha: `s = 1` unless
+    `lora_alpha` says otherwise.
 
     Args:
         r: components a layer; default 64. Of a layer in `slices`, all slices together.
