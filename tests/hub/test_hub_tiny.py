@@ -193,7 +193,7 @@ def test_a_recipe_leaves_a_whole_run_behind(tmp_path):
     values = {
         "model": {"name": "pocket"},
         "task": "sft",
-        "data": {"train": "pocket/word-problems"},
+        "data": {"train": "pocket/word-problems", "split": "validation"},
         "adapter": adapter,
         "training": {"max_steps": 2, "learning_rate": 1e-2, "save_strategy": "no", "use_cpu": True},
         "output": {"dir": str(tmp_path / "run"), "rank": 4},
