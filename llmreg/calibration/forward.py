@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RandomState", "run_batch", "undisturbed"]
+__all__ = ["RandomState", "is_head", "run_batch", "undisturbed"]
 
 #: Keys of packed batches that a model passes on to its attention through `**kwargs`.
 _ATTENTION_KEYS = frozenset(
@@ -78,6 +78,13 @@ def run_batch(model: nn.Module, *, head_needed: bool = False) -> Callable[[Any],
         return model(*_moved(dict(enumerate(inputs)), device).values(), **extra)
 
     return run
+
+
+def is_head(model: nn.Module, layer: nn.Module) -> bool:
+    """Whether `layer` is the model's output head, or an adapter around it."""
+    get = getattr(_innermost(model), "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    return head is not None and any(module is head for module in layer.modules())
 
 
 def _moved(values: dict[Any, Any], device: torch.device | None) -> dict[Any, Any]:

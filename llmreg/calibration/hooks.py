@@ -37,13 +37,13 @@ class Collector:
         self,
         layers: Mapping[str, nn.Module],
         need: Need,
-        sketch_of: Callable[[str, int], int | None],
+        sketch_of: Callable[[int], int | None],
         *,
         seed: int = 0,
         share_inputs: bool = True,
         record_only: bool = False,
     ) -> None:
-        """`sketch_of(layer, dim)` is the size of that input's sketch, None for the exact form.
+        """`sketch_of(dim)` is the size of the sketch of an input of that width, None for the exact form.
 
         With `record_only` nothing is summed: the collector only learns who shares with whom.
         """
@@ -91,6 +91,15 @@ class Collector:
                 raise self._no_longer_shared(name, leader)
         self._check_finite()
 
+    def of_layer(self) -> dict[str, InputStatistics]:
+        """Layer -> sums of its input, of layers with a counted token; layers that share an input share the object."""
+        found = {name: self.statistics[leader] for name, leader in self.leader_of.items()}
+        return {name: statistics for name, statistics in found.items() if statistics.count}
+
+    def most_tokens(self) -> int:
+        """Tokens of the layer that counted most."""
+        return max((statistics.count for statistics in self.statistics.values()), default=0)
+
     def _hook(self, name: str) -> Callable[[nn.Module, tuple, dict], None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
@@ -123,7 +132,6 @@ class Collector:
         key = (storage.cdata, X.storage_offset(), tuple(X.shape), X.stride(), X.dtype, X._version)
         known = self._seen.get(key)
         if known is None:
-            # A layer that follows another never leads, or its own followers would get a stranger's sums.
             self._seen[key] = (name, storage)
             return name
         return known[0]
@@ -132,7 +140,7 @@ class Collector:
         dim = X.shape[-1]
         statistics = self.statistics.get(name)
         if statistics is None:
-            size = self._sketch_of(name, dim)
+            size = self._sketch_of(dim)
             statistics = InputStatistics(dim, self.need, sketch=size, seed=self.seed, device=X.device)
             self.statistics[name] = statistics
         rows = self._tokens.rows_of(tuple(X.shape[:-1]), statistics.moment.flat.device)

@@ -235,6 +235,17 @@ class InputStatistics:
         """The summed tensors: of the moment (float32), of squares and of columns (float64)."""
         return [self.moment.flat, self.squares, *([] if self.sum is None else [self.sum])]
 
+    def restore(self, parts: list[Tensor]) -> None:
+        """Take over sums in the order of `parts()`, of their very shapes and dtypes.
+
+        Raises:
+            ValueError: another shape or dtype.
+        """
+        for mine, given in zip(self.parts(), parts, strict=True):
+            if mine.shape != given.shape or mine.dtype != given.dtype:
+                raise ValueError(f"expected {mine.dtype}{tuple(mine.shape)}, not {given.dtype}{tuple(given.shape)}")
+            mine.copy_(given)
+
 
 def _pieces(X: Tensor, rows: TokenRows) -> Iterator[tuple[slice, Tensor]]:
     """The counted rows in pieces that fit a small temporary, with their places among the counted ones."""

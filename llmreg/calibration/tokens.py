@@ -50,16 +50,12 @@ class BatchTokens:
     Attributes:
         shape: leading shape of an aligned input, such as (rows, columns); None if the batch does not tell.
         rows: the counted tokens; None if `shape` is.
+        masked: whether the batch's masks leave out some token.
     """
 
-    def __init__(self, shape: tuple[int, ...] | None, rows: TokenRows | None) -> None:
-        self.shape, self.rows = shape, rows
+    def __init__(self, shape: tuple[int, ...] | None, rows: TokenRows | None, masked: bool = False) -> None:
+        self.shape, self.rows, self.masked = shape, rows, masked
         self._moved: dict[tuple[Any, ...], TokenRows] = {}
-
-    @property
-    def masked(self) -> bool:
-        """Whether some token of the batch does not count."""
-        return self.rows is not None and self.rows.index is not None
 
     def aligned(self, leading: tuple[int, ...]) -> bool:
         """Whether an input of this leading shape has the batch's tokens, in the batch's order."""
@@ -105,11 +101,13 @@ def batch_tokens(batch: Any, *, use_label_mask: bool = False, limit: int | None 
     labels = fields.get("labels")
     if use_label_mask and isinstance(labels, Tensor) and tuple(labels.shape) == shape:
         keep = keep & (labels.reshape(-1) != IGNORED_LABEL).to(keep.device)
-    index = keep.nonzero().squeeze(1)[:limit]
+    every = keep.nonzero().squeeze(1)
+    index = every[:limit]
     _, sample_of = samples[index].unique_consecutive(return_inverse=True)
     count = index.numel()
     number = int(sample_of[-1]) + 1 if count else 0
-    return BatchTokens(shape, TokenRows(None if count == keep.numel() else index, sample_of, count, number))
+    rows = TokenRows(None if count == keep.numel() else index, sample_of, count, number)
+    return BatchTokens(shape, rows, masked=every.numel() < keep.numel())
 
 
 def _shape(batch: Any) -> tuple[int, ...] | None:
