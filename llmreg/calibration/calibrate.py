@@ -69,7 +69,7 @@ def calibrate(
             number) was sent some of the tokens is always only reported.
         cache: read the statistics from disk, or leave them there.
         distributed: every process of the default group calls this with its share of the batches and gets the
-            sums of all; the first one writes to the cache.
+            sums of all; the first one writes to the cache, which counts as there only if all of them see it.
 
     Raises:
         RecipeError: no batches, no counted token, an unknown or unreached layer, a budget that is too small (names the
@@ -101,6 +101,8 @@ def calibrate(
     _check_reached(statistics, unreached)
     if cache is not None and (not distributed or dist.get_rank() == 0):
         cache.store(statistics, settings)
+    if cache is not None and distributed:
+        everyones(None)  # the others find the file from here on
     return statistics
 
 

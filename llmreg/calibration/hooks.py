@@ -121,7 +121,7 @@ class Collector:
             raise self._no_longer_shared(name, leader)
         if not self._tokens.aligned(tuple(X.shape[:-1])):
             self.unaligned.add(name)
-            if self._tokens.masked:
+            if self._tokens.masked and not self._tokens.one_a_row(tuple(X.shape[:-1])):
                 self.masks_missed.add(name)
 
     def _first_user(self, name: str, X: Tensor) -> str:

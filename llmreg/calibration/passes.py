@@ -15,7 +15,7 @@ from llmreg.calibration.forward import RandomState, is_head, run_batch, undistur
 from llmreg.calibration.hooks import Collector
 from llmreg.calibration.report import CalibrationReport
 from llmreg.calibration.results import Statistics, input_width
-from llmreg.calibration.statistics import Need
+from llmreg.calibration.statistics import InputStatistics, Need
 from llmreg.calibration.tokens import BatchTokens, batch_tokens
 from llmreg.errors import RecipeError, UnsupportedError
 from llmreg.progress import meter
@@ -41,7 +41,8 @@ class Passes:
     def run(self, budget: int | None, exact: bool | None, sketch: int | None) -> Statistics:
         """The statistics of the layers that were reached, in the order of `modules`; raises what `calibrate` does."""
         started = time.monotonic()
-        of_layer, reports = {}, []
+        of_layer: dict[str, InputStatistics] = {}
+        reports: list[CalibrationReport] = []
         with undisturbed(self.model):
             state = RandomState()
             iterator = iter(self.batches)

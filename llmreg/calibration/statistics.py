@@ -117,11 +117,12 @@ class InputStatistics:
         self.samples += rows.samples
 
     def _add_piece(self, piece: Tensor, scale: Tensor | None) -> None:
-        piece = piece.float() if scale is None else piece * scale.unsqueeze(1)
-        self.squares += torch.linalg.vector_norm(piece, dim=1).double().square().sum()
+        piece = piece.float()
+        norms = torch.linalg.vector_norm(piece, dim=1)
+        self.squares += (norms if scale is None else norms * scale).double().square().sum()
         if self.sum is not None:
-            self.sum += piece.sum(0)
-        self.moment.add(piece)
+            self.sum += piece.sum(0) if scale is None else piece.mT @ scale
+        self.moment.add(piece, scale)
 
     def _add_half(self, X: Tensor, rows: TokenRows, scale: Tensor | None) -> None:
         """Half-precision products are exact in tensor cores, so a scale goes onto each sample's product instead."""

@@ -39,8 +39,9 @@ class TriangleSum:
             self._rows.append((first, last, self.flat[start : start + size].view(last - first, dim - first)))
             start += size
 
-    def add(self, X: Tensor) -> None:
-        """Add `X^T X` of `X` (tokens, dim), float32."""
+    def add(self, X: Tensor, scale: Tensor | None = None) -> None:
+        """Add `X^T X` of `X` (tokens, dim), float32, its rows times `scale` (tokens,)."""
+        X = X if scale is None else X * scale.unsqueeze(1)
         with _full_precision():
             for first, last, row in self._rows:
                 row.addmm_(X[:, first:last].mT, X[:, first:])
@@ -83,10 +84,11 @@ class SketchSum:
             self._omega = _test_matrix(self.dim, self.size, self.seed, self.flat.device)
         return self._omega
 
-    def add(self, X: Tensor) -> None:
-        """Add `X^T (X Omega)` of `X` (tokens, dim), float32."""
+    def add(self, X: Tensor, scale: Tensor | None = None) -> None:
+        """Add `X^T (X Omega)` of `X` (tokens, dim), float32, its rows times `scale` (tokens,)."""
         with _full_precision():
-            self.flat.addmm_(X.mT, X @ self.omega)
+            Z = X @ self.omega
+            self.flat.addmm_(X.mT, Z if scale is None else Z.mul_(scale.square().unsqueeze(1)))
 
     def factor(self, mean: Tensor | None = None, count: int = 0) -> Tensor:
         """`F` (dim, size) with `F F^T ~ sum X^T X`, less `count mean mean^T` where a mean is given (float64)."""

@@ -65,6 +65,10 @@ class BatchTokens:
             math.prod(leading) == math.prod(self.shape) and sum(size != 1 for size in leading) <= 1
         )
 
+    def one_a_row(self, leading: tuple[int, ...]) -> bool:
+        """Whether an input of this leading shape is one vector a row, as a pooled one is; no mask leaves it out."""
+        return self.shape is not None and leading == self.shape[:1]
+
     def rows_of(self, leading: tuple[int, ...], device: torch.device) -> TokenRows:
         """The counted rows of an input with this leading shape, on its device; built once per batch."""
         key = (None, device) if self.rows is not None and self.aligned(leading) else (leading, device)

@@ -234,7 +234,7 @@ def traces(model: nn.Module) -> dict:
         "hooks": [len(module._forward_pre_hooks) for module in model.modules()],
         "bytes": tiny_models.state_bytes(model),
         "torch": torch.get_rng_state().tolist(),
-        "numpy": np.random.get_state()[1].tolist(),
+        "numpy": np.random.get_state()[1].tolist(),  # noqa: NPY002
         "python": random.getstate(),
     }
 
@@ -249,7 +249,7 @@ def test_modes_gradients_hooks_and_random_states_come_back_even_after_a_failure(
     def forward(model, batch):
         assert not model.training
         assert not torch.is_grad_enabled()
-        torch.rand(1), np.random.rand(), random.random()
+        _ = torch.rand(1), np.random.rand(), random.random()  # noqa: NPY002
         model(**batch)
         if fails:
             raise KeyboardInterrupt
@@ -297,7 +297,11 @@ def test_labels_and_unknown_columns_are_not_passed_to_the_model() -> None:
         ([], None, "empty"),
         (iter(()), None, "empty"),
         ([{"input_ids": torch.ones(1, 4).long(), "attention_mask": torch.zeros(1, 4)}], None, "attention masks"),
-        ([{"input_ids": torch.ones(1, 4).long(), "labels": torch.full((1, 4), -100)}], Need(use_label_mask=True), "-100"),
+        (
+            [{"input_ids": torch.ones(1, 4).long(), "labels": torch.full((1, 4), -100)}],
+            Need(use_label_mask=True),
+            "-100",
+        ),
     ],
     ids=["no batches", "used up", "masked", "unlabelled"],
 )
@@ -331,9 +335,10 @@ def test_an_unreached_layer_is_an_error_unless_reported() -> None:
 def test_a_nonfinite_input_is_named_with_its_layer(value: float, need: Need | None, sketch: int | None) -> None:
     model = tiny_models.mlp()
     with torch.no_grad():
-        model.second.weight[3, 4] = value
-    with pytest.raises(WeightError, match="'head'.*NaN or infinite"):
-        calibrate(model, [tiny_models.inputs()], ["first", "second", "head"], need, sketch=sketch)
+        model.first.bias[3] = value
+    model.forward = lambda x: model.second(model.first(x))
+    with pytest.raises(WeightError, match=r"'second'.*NaN or infinite"):
+        calibrate(model, [tiny_models.inputs()], ["first", "second"], need, sketch=sketch)
 
 
 def test_nonfinite_values_in_padding_do_not_matter() -> None:

@@ -72,7 +72,9 @@ def test_an_adapted_model_is_summed_by_its_wrapped_names() -> None:
     names = [f"base_model.model.{name}" for name in LINEARS]
     statistics = calibrate(wrapped, batches, names, memory_budget=plain.bytes)
     assert list(statistics) == names
-    assert all(relative(statistics[f"base_model.model.{n}"].second_moment(), plain[n].second_moment()) < 1e-6 for n in plain)
+    assert all(
+        relative(statistics[f"base_model.model.{n}"].second_moment(), plain[n].second_moment()) < 1e-6 for n in plain
+    )
 
 
 def test_conv1d_layers_and_models_without_a_head_are_reached() -> None:
@@ -108,12 +110,14 @@ def test_an_encoder_and_its_decoder_are_both_reached() -> None:
 
 
 class Experts(nn.Module):
-    """A router that sends each token to the expert of its sign pattern; expert 3 gets none, expert 2 is called empty."""
+    """Each token goes to expert 0 or 1 by its sign; expert 2 is called with no token, expert 3 is not called."""
 
     def __init__(self) -> None:
         super().__init__()
         self.dense = nn.Linear(20, 20)
-        self.experts = nn.ModuleList(nn.ModuleDict({"gate": nn.Linear(20, 8), "up": nn.Linear(20, 8)}) for _ in range(4))
+        self.experts = nn.ModuleList(
+            nn.ModuleDict({"gate": nn.Linear(20, 8), "up": nn.Linear(20, 8)}) for _ in range(4)
+        )
 
     def forward(self, x):
         self.dense(x)
