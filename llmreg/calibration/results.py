@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,6 +49,21 @@ class Statistics(Mapping[str, InputStatistics]):
     def bytes(self) -> int:
         """What all sums hold, without test matrices."""
         return sum(statistics.bytes for _, statistics in self.groups())
+
+    def describe(self) -> dict[str, Any]:
+        """The report with the bytes and every distinct input's layers, form and counts; for JSON."""
+        groups = [
+            {
+                "layers": list(names),
+                "dim": part.dim,
+                "form": "exact" if part.exact else f"sketch of {part.moment.flat.shape[1]}",
+                "count": part.count,
+                "samples": part.samples,
+                "bytes": part.bytes,
+            }
+            for names, part in self.groups()
+        ]
+        return {**self.report.as_dict(), "bytes": self.bytes, "groups": groups}
 
     def check(self, model: nn.Module) -> None:
         """Raise unless every layer is one of `model` and has an input of the width that was gathered.

@@ -366,3 +366,12 @@ def test_wrong_arguments_are_named(arguments: dict, message: str) -> None:
     arguments = {"layers": LINEARS, **arguments}
     with pytest.raises(RecipeError, match=message):
         calibrate(tiny_models.llama(), lm.single(lm.documents()), **arguments)
+
+
+def test_the_description_lists_every_distinct_input() -> None:
+    found = calibrate(tiny_models.llama(), lm.single(lm.documents()), LINEARS, sketch=8).describe()
+    assert [len(group["layers"]) for group in found["groups"]] == [3, 1, 3, 1, 2, 1, 2, 1]
+    assert found["groups"][0]["form"] == "sketch of 8"
+    assert found["bytes"] == sum(group["bytes"] for group in found["groups"])
+    assert found["tokens"] == 33
+    assert found["seconds"] > 0

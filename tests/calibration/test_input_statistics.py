@@ -52,6 +52,12 @@ def test_exact_moments_are_the_dense_formulas(count, dim, splits, dtype) -> None
     assert (statistics.count, statistics.samples) == (count, min(splits, len(X.chunk(splits))))
 
 
+def test_many_small_batches_lose_nothing_to_rounding() -> None:
+    X = tokens(20_000, 24).abs()  # sums of one sign, the worst case
+    dense = X.double()
+    assert relative(gathered(X, splits=2000).second_moment(), dense.mT @ dense / 20_000) < 1e-6
+
+
 def test_centred_moment_is_the_covariance_even_beside_a_large_mean() -> None:
     X = tokens(4000, 40) + 20
     C = gathered(X, Need(mean=True), splits=8).second_moment(centred=True)

@@ -1,8 +1,7 @@
-"""One process of a calibration: python worker.py MODEL_DIR OUT, alone or under torchrun."""
+"""One process of a calibration: calibration_worker.py MODEL_DIR OUT under torchrun, or `gather` alone."""
 
 from __future__ import annotations
 
-import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -31,11 +30,16 @@ class Routed(torch.nn.Module):
 
 
 def main() -> None:
-    model_dir, out = sys.argv[1], Path(sys.argv[2])
+    """One rank under torchrun."""
     torch.set_num_threads(1)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    gather(sys.argv[1], Path(sys.argv[2]), dist.get_rank(), dist.get_world_size())
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def gather(model_dir: str, out: Path, rank: int, world: int) -> None:
+    """Calibrate on this rank's share of the batches and save what all of them gave."""
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)][:-1]
     generator = torch.Generator().manual_seed(0)
@@ -50,15 +54,15 @@ def main() -> None:
         if rank == 0:
             save_statistics(out / f"{label}.safetensors", statistics, base="b")
     experts = [f"experts.{i}.{part}" for i in range(3) for part in ("gate", "up")]
-    torch.manual_seed(0)
-    inputs = [torch.randn(1, 3, 6).index_fill(2, torch.tensor([0]), sign) for sign in (-1.0, 1.0)]
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, 3, 6, generator=generator) for _ in range(2)]
+    for sign, x in zip((-1.0, 1.0), inputs, strict=True):
+        x[..., 0] = sign
     routed = calibrate(Routed(), inputs[rank::world], experts, distributed=world > 1)
     if rank == 0:
         save_statistics(out / "experts.safetensors", routed, base="b")
     if world > 1:
         fails_together(model, names, batches, rank)
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 def fails_together(model, names, batches, rank: int) -> None:
