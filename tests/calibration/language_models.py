@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 from tiny_models import VOCABULARY
 from torch import Tensor, nn
 
+from llmreg.calibration import Need, Statistics
+
 ATTENTION = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(2) for p in "qkvo"]
 MLP = [f"model.layers.{i}.mlp.{p}_proj" for i in range(2) for p in ("gate", "up", "down")]
 LINEARS = ATTENTION + MLP
+NEEDS = [Need(mean=True), Need(sample_scale="signed_max"), Need(sample_scale="abs_max", mean=True)]
 
 
 def documents(lengths: Iterable[int] = (9, 5, 12, 7), seed: int = 0) -> list[Tensor]:
@@ -61,3 +65,13 @@ def dense_moment(parts: Iterable[Tensor]) -> Tensor:
 
 def relative(a: Tensor, b: Tensor) -> float:
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def assert_close(a: Statistics, b: Statistics, tolerance: float = 1e-5) -> None:
+    assert list(a) == list(b)
+    for name in a:
+        assert (a[name].count, a[name].samples) == (b[name].count, b[name].samples)
+        assert relative(a[name].second_moment(), b[name].second_moment()) < tolerance
+        assert a[name].trace == pytest.approx(b[name].trace, rel=tolerance)
+        if a[name].need.mean:
+            assert relative(a[name].mean(), b[name].mean()) < tolerance

@@ -1,4 +1,4 @@
-"""Calibration of whole models: which tokens count, what is shared, what comes back as it was."""
+"""Calibration of whole models: which tokens count, and what comes back as it was."""
 
 from __future__ import annotations
 
@@ -9,24 +9,10 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from language_models import LINEARS, relative
+from language_models import LINEARS, NEEDS, assert_close, relative
 from torch import nn
 
-from llmreg.calibration import Need, Statistics, calibrate
-from llmreg.errors import RecipeError, UnsupportedError, WeightError
-
-NEEDS = [Need(mean=True), Need(sample_scale="signed_max"), Need(sample_scale="abs_max", mean=True)]
-
-
-def assert_close(a: Statistics, b: Statistics, tolerance: float = 1e-5) -> None:
-    assert list(a) == list(b)
-    for name in a:
-        assert (a[name].count, a[name].samples) == (b[name].count, b[name].samples)
-        assert relative(a[name].second_moment(), b[name].second_moment()) < tolerance
-        assert a[name].trace == pytest.approx(b[name].trace, rel=tolerance)
-        if a[name].need.mean:
-            assert relative(a[name].mean(), b[name].mean()) < tolerance
-
+from llmreg.calibration import Need, calibrate
 
 # -- which tokens count ---------------------------------------------------------------------------------------------
 
@@ -110,120 +96,6 @@ def test_the_cap_stops_reading_the_data() -> None:
     assert len(read) == 3
 
 
-# -- sharing --------------------------------------------------------------------------------------------------------
-
-
-def test_q_k_v_and_gate_up_share_one_object_and_others_do_not() -> None:
-    statistics = calibrate(tiny_models.llama(), lm.single(lm.documents()), LINEARS)
-    groups = {tuple(name.removeprefix("model.layers.") for name in names) for names, _ in statistics.groups()}
-    assert groups == {
-        *((f"{i}.self_attn.q_proj", f"{i}.self_attn.k_proj", f"{i}.self_attn.v_proj") for i in range(2)),
-        *((f"{i}.self_attn.o_proj",) for i in range(2)),
-        *((f"{i}.mlp.gate_proj", f"{i}.mlp.up_proj") for i in range(2)),
-        *((f"{i}.mlp.down_proj",) for i in range(2)),
-    }
-
-
-def test_sharing_changes_no_number() -> None:
-    model, batches = tiny_models.llama(), lm.single(lm.documents())
-    alone = calibrate(model, batches, LINEARS, NEEDS[0], share_inputs=False)
-    assert len(alone.groups()) == len(LINEARS)
-    assert_close(calibrate(model, batches, LINEARS, NEEDS[0]), alone, 1e-12)
-
-
-class Reused(nn.Module):
-    """Overwrites its input in place between two layers, or frees it, so that an address is seen twice."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.kind, self.first, self.second = kind, nn.Linear(6, 6), nn.Linear(6, 6)
-
-    def forward(self, x):
-        x = x.clone()
-        self.first(x)
-        if self.kind == "in place":
-            x.add_(1)
-        elif self.kind == "freed":
-            shape = x.shape
-            del x
-            x = torch.full(shape, 3.0)
-        elif self.kind == "view":
-            x = x.view(-1, 6)[: x.shape[0] - 1]
-        return self.second(x)
-
-
-@pytest.mark.parametrize("kind", ["in place", "freed", "view"])
-def test_another_input_at_the_same_address_is_not_shared(kind: str) -> None:
-    x = torch.randn(5, 6)
-    statistics = calibrate(Reused(kind), [x], ["first", "second"])
-    expected = {"in place": x + 1, "freed": torch.full((5, 6), 3.0), "view": x[:4]}[kind]
-    assert relative(statistics["second"].second_moment(), lm.dense_moment([expected])) < 1e-6
-    assert relative(statistics["first"].second_moment(), lm.dense_moment([x])) < 1e-6
-
-
-def test_equal_views_of_one_tensor_are_shared() -> None:
-    class Views(Reused):
-        def forward(self, x):
-            return self.first(x.view(-1, 6)) + self.second(x.view(-1, 6))
-
-    assert len(calibrate(Views(""), [torch.randn(5, 6)], ["first", "second"]).groups()) == 1
-
-
-class Fickle(nn.Module):
-    """Two layers that share their input in even batches only."""
-
-    def __init__(self, skip: bool = False) -> None:
-        super().__init__()
-        self.a, self.b, self.calls, self.skip = nn.Linear(6, 6), nn.Linear(6, 6), 0, skip
-
-    def forward(self, x):
-        self.calls += 1
-        if self.calls % 2:
-            return self.a(x) + self.b(x)
-        return self.a(x) if self.skip else self.a(x) + self.b(x * 2)
-
-
-@pytest.mark.parametrize("skip", [False, True])
-def test_layers_that_stop_sharing_are_an_error_with_a_way_out(skip: bool) -> None:
-    batches = [torch.randn(5, 6) for _ in range(2)]
-    with pytest.raises(UnsupportedError, match="share_inputs=False"):
-        calibrate(Fickle(skip), batches, ["a", "b"])
-    alone = calibrate(Fickle(skip), batches, ["a", "b"], share_inputs=False)
-    assert alone["b"].count == (5 if skip else 10)
-
-
-def test_a_layer_used_twice_counts_both_inputs() -> None:
-    class Twice(Reused):
-        def forward(self, x):
-            return self.first(self.first(x))
-
-    model, x = Twice(""), torch.randn(5, 6)
-    seen = torch.cat([x, model.first(x).detach()])
-    assert relative(calibrate(model, [x], ["first"])["first"].second_moment(), lm.dense_moment([seen])) < 1e-6
-
-
-def test_hooks_keep_no_activation_alive() -> None:
-    import weakref
-
-    alive: list[weakref.ref] = []
-
-    class Watching(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
-
-        def forward(self, x):
-            h = x * 2
-            alive.append(weakref.ref(h))
-            y = self.first(h)
-            del h
-            assert alive[-1]() is None
-            return self.second(y)
-
-    calibrate(Watching(), [torch.randn(5, 6)] * 2, ["first", "second"])
-    assert len(alive) == 2
-
-
 # -- the model comes back as it was ---------------------------------------------------------------------------------
 
 
@@ -286,86 +158,6 @@ def test_labels_and_unknown_columns_are_not_passed_to_the_model() -> None:
     batch = {**lm.single(lm.documents((9,)))[0], "completion_mask": torch.ones(1, 9)}
     batch["labels"] = batch["input_ids"] + 10_000  # would fail in a loss
     assert calibrate(model, [batch], LINEARS).report.tokens == 9
-
-
-# -- bad input ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("batches", "need", "message"),
-    [
-        ([], None, "empty"),
-        (iter(()), None, "empty"),
-        ([{"input_ids": torch.ones(1, 4).long(), "attention_mask": torch.zeros(1, 4)}], None, "attention masks"),
-        (
-            [{"input_ids": torch.ones(1, 4).long(), "labels": torch.full((1, 4), -100)}],
-            Need(use_label_mask=True),
-            "-100",
-        ),
-    ],
-    ids=["no batches", "used up", "masked", "unlabelled"],
-)
-@pytest.mark.parametrize("budget", [None, 10**9])
-def test_data_without_a_token_is_refused(batches, need, message: str, budget: int | None) -> None:
-    with pytest.raises(RecipeError, match=message):
-        calibrate(tiny_models.llama(), batches, LINEARS, need, memory_budget=budget)
-
-
-def test_a_masked_batch_among_others_is_fine() -> None:
-    model, batch = tiny_models.llama(), lm.padded(lm.documents((5,)), "right")
-    empty = {**batch, "attention_mask": torch.zeros_like(batch["attention_mask"])}
-    statistics = calibrate(model, [empty, batch], LINEARS, NEEDS[1])
-    assert (statistics.report.tokens, statistics[LINEARS[0]].samples) == (5, 1)
-
-
-def test_an_unreached_layer_is_an_error_unless_reported() -> None:
-    model = tiny_models.llama()
-    model.spare = nn.Linear(4, 4)
-    batches = lm.single(lm.documents())
-    with pytest.raises(RecipeError, match=r"1 of 2 layers.*'spare'.*unreached='report'"):
-        calibrate(model, batches, ["spare", LINEARS[0]])
-    statistics = calibrate(model, batches, ["spare", LINEARS[0]], unreached="report")
-    assert statistics.report.unreached == ("spare",)
-    assert "spare" not in statistics
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("need", [None, *NEEDS])
-@pytest.mark.parametrize("sketch", [None, 8])
-def test_a_nonfinite_input_is_named_with_its_layer(value: float, need: Need | None, sketch: int | None) -> None:
-    model = tiny_models.mlp()
-    with torch.no_grad():
-        model.first.bias[3] = value
-    model.forward = lambda x: model.second(model.first(x))
-    with pytest.raises(WeightError, match=r"'second'.*NaN or infinite"):
-        calibrate(model, [tiny_models.inputs()], ["first", "second"], need, sketch=sketch)
-
-
-def test_nonfinite_values_in_padding_do_not_matter() -> None:
-    x = torch.randn(1, 4, 20)
-    x[0, 3] = float("nan")
-    batch = {"inputs_embeds": x, "attention_mask": torch.tensor([[1, 1, 1, 0]])}
-    model = tiny_models.mlp()
-    statistics = calibrate(model, [batch], ["first"], NEEDS[2], forward=lambda m, b: m(b["inputs_embeds"]))
-    assert statistics["first"].count == 3
-    assert bool(statistics["first"].second_moment().isfinite().all())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"layers": ["model.layers.0.mlp.gate_prj"]}, "did you mean 'model.layers.0.mlp.gate_proj'"),
-        ({"layers": []}, "at least one layer"),
-        ({"max_tokens": 0}, "max_tokens is 0"),
-        ({"sketch": -1}, "sketch is -1"),
-        ({"memory_budget": 0}, "memory_budget is 0"),
-        ({"exact": True, "sketch": 8}, "contradict"),
-    ],
-)
-def test_wrong_arguments_are_named(arguments: dict, message: str) -> None:
-    arguments = {"layers": LINEARS, **arguments}
-    with pytest.raises(RecipeError, match=message):
-        calibrate(tiny_models.llama(), lm.single(lm.documents()), **arguments)
 
 
 def test_the_description_lists_every_distinct_input() -> None:
