@@ -7,21 +7,32 @@ from .components import rank_of_energy, singular_components, sliced_components
 from .corda import corda
 from .corda_plus import allocate_ranks, compactness, select_covariance
 from .eora import eora
+from .eva import EvaComponents, component_cosines, eva, eva_components, has_converged, whiten
+from .eva_ranks import most_components, redistribute, scaled_alpha
 from .factors import Factors
 from .pissa import pissa
 from .second_moment import SecondMoment, damp
 
 __all__ = [
+    "EvaComponents",
     "Factors",
     "SecondMoment",
     "allocate_ranks",
     "compactness",
+    "component_cosines",
     "corda",
     "damp",
     "eora",
+    "eva",
+    "eva_components",
+    "has_converged",
+    "most_components",
     "pissa",
     "rank_of_energy",
+    "redistribute",
+    "scaled_alpha",
     "select_covariance",
     "singular_components",
     "sliced_components",
+    "whiten",
 ]
