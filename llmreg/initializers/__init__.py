@@ -11,11 +11,14 @@ from .eva import EvaComponents, component_cosines, eva, eva_components, has_conv
 from .eva_ranks import most_components, redistribute, scaled_alpha
 from .factors import Factors
 from .pissa import pissa
+from .quantized_residual import QuantizedResidual, ResidualError, quantized_residual
 from .second_moment import SecondMoment, damp
 
 __all__ = [
     "EvaComponents",
     "Factors",
+    "QuantizedResidual",
+    "ResidualError",
     "SecondMoment",
     "allocate_ranks",
     "compactness",
@@ -28,6 +31,7 @@ __all__ = [
     "has_converged",
     "most_components",
     "pissa",
+    "quantized_residual",
     "rank_of_energy",
     "redistribute",
     "scaled_alpha",
