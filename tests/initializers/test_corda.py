@@ -272,6 +272,23 @@ def test_the_damping_doubles_only_as_far_as_the_inverse_needs_it():
     assert damp(C.double(), damping).matrix.diagonal().mean() < moment.matrix.diagonal().mean(), "float64 needs less"
 
 
+@pytest.mark.parametrize("rank", [8, 384])
+@pytest.mark.parametrize("massive", [1.0, 30.0, 1000.0])
+@pytest.mark.parametrize("decay", [0.0, 0.5, 1.0, 2.0])
+def test_whatever_the_spectrum_the_damped_moment_passes_the_reference_s_test(decay, massive, rank):
+    values = torch.arange(1, 385, dtype=torch.float64) ** (-2 * decay)
+    values[0] *= massive**2
+    values[rank:] = 0
+    directions, _ = torch.linalg.qr(weight(384, 384))
+    C = ((directions * values) @ directions.T).float()
+    moment = damp(C)
+    assert torch.dist(moment.matrix @ torch.linalg.inv(moment.matrix), torch.eye(384)) < 0.06
+    assert relative(moment.cholesky @ moment.cholesky.T, moment.matrix.double()) < 1e-5
+    easy = 0.01 * C.diagonal().mean() > 1e-4 * C.norm()
+    if easy:
+        torch.testing.assert_close(moment.matrix.double(), damped(C.double()), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("kind", ["matrix", "factor"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_statistics_that_are_not_finite_are_refused(kind, value):
