@@ -1,6 +1,6 @@
 """CorDA: context-oriented decomposition adaptation (Yang et al. 2024, arXiv 2406.05223, section 3).
 
-With the damped second moment `C_f` of the layer's inputs (see `second_moment`) and `W C_f = U diag(S) V^T`,
+With the damped second moment `C_f` of the layer's inputs (see `damping`) and `W C_f = U diag(S) V^T`,
 
     B0 = U_r sqrt(S_r / s)        A0 = sqrt(S_r / s) V_r^T C_f^{-1}        so that   s B0 A0 = U_r U_r^T W,
 
@@ -25,8 +25,9 @@ from ..linalg import plan_sketch, smallest_svd, truncated_svd
 from ..linalg.operators import LinearOperator, compute_matrix
 from ..linalg.signs import fix_signs
 from ..linalg.svd import check_rank, exact_svd
+from .damping import DampedMoment, LowRankDampedMoment, damp
 from .factors import Factors
-from .second_moment import DampedMoment, LowRankDampedMoment, SecondMoment, as_second_moment, damp
+from .second_moment import SecondMoment, as_second_moment
 
 __all__ = ["corda"]
 

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ..errors import WeightError
 from .corda import corda
+from .damping import DampedMoment, LowRankDampedMoment, damp
 from .factors import Factors
-from .second_moment import DampedMoment, LowRankDampedMoment, SecondMoment, damp
+from .second_moment import SecondMoment
 
 __all__ = ["eora"]
 
