@@ -76,7 +76,7 @@ def corda(
         ValueError: for a scaling that is not positive, an unknown mode or power, or what `damp`, `truncated_svd` and
             `smallest_svd` refuse (all of them `RecipeError`, `WeightError` or `UnsupportedError`).
 
-    Source: arXiv 2406.05223, section 3.2 (decomposition) and 3.3 (modes). `power=0.5`: as ASVD and SVD-LLM weigh.
+    Source: arXiv 2406.05223, section 3. `power=0.5`: as ASVD and SVD-LLM weigh.
     """
     if not scaling > 0:
         raise UnsupportedError(f"CorDA needs a positive scaling lora_alpha / r, got {scaling}; set lora_alpha > 0.")

@@ -69,7 +69,7 @@ def eva_components(
         WeightError: `components` outside `1 ... in`, no mean where `centered`, no variance at all, batched moments.
         UnsupportedError: an unknown method.
 
-    Source: arXiv 2410.07170, section 3.2; ratios as the reference implementation normalises them.
+    Source: arXiv 2410.07170, section 3; ratios as the reference implementation normalises them.
     """
     if method not in ("randomized", "exact"):
         raise UnsupportedError(f"method is {method!r}; choose 'randomized' or 'exact'.")
@@ -194,7 +194,7 @@ def has_converged(previous: Tensor | None, current: Tensor, rank: int, tau: floa
         rank: of the layer after redistribution; a layer of rank 0 has converged.
         tau: the least cosine of each component.
 
-    Source: arXiv 2410.07170, section 3.2; in the reference the components themselves depend on when it stops.
+    Source: arXiv 2410.07170, section 3; in the reference the components themselves depend on when it stops.
     """
     if rank == 0:
         return True

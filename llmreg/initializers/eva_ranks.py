@@ -67,7 +67,7 @@ def redistribute(
         RecipeError: what `most_components` refuses, or layers that have ratios and no rank or the reverse.
         WeightError: ratios that are NaN, Inf or not a vector.
 
-    Source: arXiv 2410.07170, section 3.3.
+    Source: arXiv 2410.07170, section 3.
     """
     if set(ratios) != set(ranks):
         raise RecipeError(f"Layers with only one of ratios and rank: {sorted(set(ratios) ^ set(ranks))}.")

@@ -1,6 +1,6 @@
 """A quantised residual and the adapter that completes it: QPiSSA, and the same for SORSA and CorDA.
 
-QPiSSA (Meng et al. 2024, arXiv 2404.02948, section 4 and the listing in its appendix) splits `W` into what the adapter
+QPiSSA (Meng et al. 2024, arXiv 2404.02948, section on QPiSSA) splits `W` into what the adapter
 carries and a residual that is stored in few bits, `q(.)` quantised and read back:
 
     P_1 = decompose(W)                 R_1 = q(W - P_1)
@@ -99,7 +99,7 @@ def quantized_residual(
         RecipeError: `iterations` negative, an unknown `form` or `norm`.
         WeightError: NaN or Inf in `W` or in what `quantize` returns, or another shape.
 
-    Source: arXiv 2404.02948, section 4.
+    Source: arXiv 2404.02948, section on QPiSSA.
     """
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
         raise RecipeError(f"iterations is {iterations!r}; an integer of at least 0 is expected (the paper's is 5).")
