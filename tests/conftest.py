@@ -16,6 +16,7 @@ import logging
 import tempfile
 
 import fresh_process
+import hypothesis
 import pytest
 import tiny_models
 import torch
@@ -23,6 +24,10 @@ import torch
 from llmreg import AdditiveConfig
 
 torch.set_num_threads(1)
+#: The same examples in every run; HYPOTHESIS_PROFILE=explore draws new ones.
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.register_profile("explore")
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 #: What the user of this machine keeps in the cache decides no test.
 os.environ["LLMREG_CACHE"] = os.path.join(tempfile.gettempdir(), f"llmreg-tests-{os.getpid()}")
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)

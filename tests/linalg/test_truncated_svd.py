@@ -59,7 +59,8 @@ def test_any_shape_rank_and_batch_gives_a_near_optimal_svd(m, n, rank_share, bat
     W = matrix_with_spectrum(m, n, power_law(min(m, n), exponent), batch=batch, dtype=dtype, seed=seed)
     U, S, Vh = truncated_svd(W, rank, method=method, seed=seed)
     assert_is_svd(W, rank, U, S, Vh)
-    slack = 20 * torch.finfo(dtype).eps * torch.linalg.matrix_norm(W.double())
+    # Rounding at full rank: sums of up to 90 terms, in the decomposition and in its product; 21 eps were seen.
+    slack = 50 * torch.finfo(dtype).eps * torch.linalg.matrix_norm(W.double())
     assert bool((residual(W, U, S, Vh) <= 1.005 * optimal_residual(W, rank) + slack).all())
 
 
