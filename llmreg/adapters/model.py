@@ -47,7 +47,8 @@ class AdditiveModel(TunerCalls, LoraModel):
         try:
             with unchanged_on_error(self):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
-                config.on_model = True
+                if isinstance(config, AdditiveConfig):
+                    config.on_model = True
                 if isinstance(config, AdditiveConfig) and starts():
                     start_factors(model, adapter_name, config, self.peft_config)
                     expected = expected_start()

@@ -16,6 +16,7 @@ from ..adapters.svd_configs import SvfitConfig
 from ..adapters.tiny import check_same_vectors, layer_checks
 from ..errors import AdapterFileError
 from ..weights import read_weight
+from ..weights.storage import FLOAT_DTYPES
 from .base_checkpoint import BaseCheckpoint, locate_base
 from .card_facts import read_config
 from .layers_on_disk import LayersOnDisk
@@ -25,6 +26,7 @@ from .sidecar import SIDECAR_NAME, Sidecar
 __all__ = ["tiny_as_lora", "tiny_values"]
 
 _VALUES = ".lora_S.weight"
+_FLOATS = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 
 
 def tiny_values(folder: Path, sidecar: Sidecar | None) -> tuple[SvfitConfig, dict[str, Tensor]]:
@@ -62,8 +64,8 @@ def tiny_as_lora(
     assert sidecar is not None
     saved = sidecar.load_factors()
     checkpoint = BaseCheckpoint(locate_base(base, config, sidecar))
-    dtype = getattr(torch, sidecar.base.storage, None)  # None for nf4, int8 and mixtures: the bytes then decide
-    on_disk = LayersOnDisk(checkpoint, values, config.fan_in_fan_out, dtype if isinstance(dtype, torch.dtype) else None)
+    dtype = _FLOATS.get(sidecar.base.storage)  # None for nf4, int8 and mixtures: the bytes then decide
+    on_disk = LayersOnDisk(checkpoint, values, config.fan_in_fan_out, dtype)
     record = on_disk.record(hashed=True)
     sidecar.check_base(record)
     sidecar.check_same_bytes(record)
@@ -75,7 +77,8 @@ def tiny_as_lora(
         made = {"lora_A0": start.A, "lora_B0": start.B, "lora_S0": start.singular_values}
         factors = {container: value.to(Spectral.dtype(layer, container)) for container, value in made.items()}
         key = PREFIX + name
-        check_same_vectors(layer_checks(key, factors), {item: saved[item] for item in layer_checks(key, factors)})
+        found = layer_checks(key, factors)
+        check_same_vectors(found, {item: saved[item] for item in found})
         down, up = Spectral.low_rank({**factors, "lora_S": S})
         tensors |= {f"{key}.lora_A.weight": down.contiguous(), f"{key}.lora_B.weight": up.contiguous()}
     as_lora = copy.copy(config)

@@ -303,3 +303,11 @@ def test_a_rank_above_the_layer_s_is_refused_by_name():
         wrap(tiny_models.mlp(), r=21)
     with pytest.raises(WeightError, match=r"Rank 64 .*'first'"):
         wrap(tiny_models.mlp())  # the default
+
+
+@pytest.mark.parametrize(("storage", "least", "most"), [("float32", 0, 0), ("bfloat16", 5e-4, 4e-3)])
+def test_the_rounding_of_its_frozen_vectors_is_known(storage, least, most):
+    model = peft.get_peft_model(tiny_models.llama(storage), SvfitConfig(r=6, target_modules=["q_proj", "down_proj"]))
+    errors = [layer.vector_error["default"] for layer in model.modules() if hasattr(layer, "vector_error")]
+    assert len(errors) == 4
+    assert all(least <= error <= most for error in errors)

@@ -170,9 +170,10 @@ def test_the_export_refuses_another_checkpoint_at_the_same_place(base, folder, t
         export_lora(folder, tmp_path / "export")
 
 
-def test_values_that_were_trained_on_a_quantised_base_are_not_exported(base, tmp_path):
-    trained(base, "nf4").save_pretrained(tmp_path / "adapter")
-    with pytest.raises(BaseMismatchError, match="stored as nf4"):
+@pytest.mark.parametrize("storage", ["nf4", "int8"])
+def test_values_that_were_trained_on_a_quantised_base_are_not_exported(base, tmp_path, storage):
+    trained(base, storage).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(BaseMismatchError, match=rf"stored as {storage}; .* \(float32\)"):
         export_lora(tmp_path / "adapter", tmp_path / "export")
     assert not (tmp_path / "export").exists()
 
@@ -203,6 +204,7 @@ def test_a_recipe_leaves_a_whole_run_behind(tmp_path):
     report = run(recipe)
     assert (report.form, report.rank) == ("SVFit values", 4)
     values = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert report.vectors == {"dtype": "float32", "error": 0.0}
     layer, spectrum = next(iter(report.singular_values.items()))
     S = values[f"base_model.model.{layer}.lora_S.weight"]
     assert spectrum == pytest.approx(S.abs().sort(descending=True).values.tolist())
