@@ -12,22 +12,35 @@ from typing import TYPE_CHECKING, Any
 from ._after_peft import after_peft as _after_peft
 
 if TYPE_CHECKING:
-    from .adapters import AdditiveConfig, BoneConfig, PissaConfig, SorsaConfig, SvfitConfig
+    from .adapters import (
+        AdditiveConfig,
+        BoneConfig,
+        CordaConfig,
+        EoraConfig,
+        EvaConfig,
+        PissaConfig,
+        SorsaConfig,
+        SvfitConfig,
+    )
     from .hub.export import export_lora
     from .hub.merge import merge
     from .hub.push import push
-    from .trainers import RegularizerCallback
+    from .trainers import RegularizerCallback, initialize
 
 __version__ = "0.1.0"
 __all__ = [
     "AdditiveConfig",
     "BoneConfig",
+    "CordaConfig",
+    "EoraConfig",
+    "EvaConfig",
     "PissaConfig",
     "RegularizerCallback",
     "SorsaConfig",
     "SvfitConfig",
     "__version__",
     "export_lora",
+    "initialize",
     "linalg",
     "merge",
     "push",
@@ -37,11 +50,15 @@ __all__ = [
 _LATER = {
     "AdditiveConfig": "adapters",
     "BoneConfig": "adapters",
+    "CordaConfig": "adapters",
+    "EoraConfig": "adapters",
+    "EvaConfig": "adapters",
     "PissaConfig": "adapters",
     "RegularizerCallback": "trainers",
     "SorsaConfig": "adapters",
     "SvfitConfig": "adapters",
     "export_lora": "hub.export",
+    "initialize": "trainers",
     "merge": "hub.merge",
     "push": "hub.push",
 }

@@ -6,6 +6,7 @@ from .bone_config import BoneConfig
 from .bone_layer import BoneLinear
 from .bone_model import BoneModel
 from .config import AdditiveConfig
+from .data_configs import CordaConfig, EoraConfig, EvaConfig
 from .layer import AdditiveLayer
 from .model import AdditiveModel
 from .registry import ADDITIVE, BONE, SVFIT_TINY, register
@@ -24,6 +25,9 @@ __all__ = [
     "BoneConfig",
     "BoneLinear",
     "BoneModel",
+    "CordaConfig",
+    "EoraConfig",
+    "EvaConfig",
     "PissaConfig",
     "SorsaConfig",
     "SvfitConfig",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft import LoraConfig
 
@@ -17,7 +17,7 @@ from ..initializers import Factors
 from .loading import is_saving
 from .registry import ADDITIVE
 
-__all__ = ["REFUSED_FIELDS", "SUPPORTED_FIELDS", "AdditiveConfig", "base_change"]
+__all__ = ["REFUSED_FIELDS", "SUPPORTED_FIELDS", "AdditiveConfig", "base_change", "only"]
 
 #: Inherited fields that work as in PEFT.
 SUPPORTED_FIELDS = frozenset(
@@ -34,8 +34,10 @@ REFUSED_FIELDS = {
     "modules_to_save to train a copy of it",
     "init_lora_weights": "the config class is the initialisation; leave init_lora_weights out",
     "loftq_config": "it belongs to LoftQ; use peft.LoraConfig(init_lora_weights='loftq')",
-    "eva_config": "it belongs to PEFT's EVA; use peft.LoraConfig(init_lora_weights='eva')",
-    "corda_config": "it belongs to PEFT's CorDA; use peft.LoraConfig(init_lora_weights='corda')",
+    "eva_config": "it belongs to PEFT's own EVA, peft.LoraConfig(init_lora_weights='eva'); llmreg.EvaConfig takes its "
+    "settings (rho, tau, whiten, ...) itself",
+    "corda_config": "it belongs to PEFT's own CorDA, peft.LoraConfig(init_lora_weights='corda'); llmreg.CordaConfig "
+    "takes its settings (mode, damping, ...) itself",
     "lora_ga_config": "it belongs to LoRA-GA; use peft.LoraConfig(init_lora_weights='lora_ga')",
     "use_dora": "DoRA rescales the base weight's columns, which the difference form does not express",
     "velora_config": "VeLoRA replaces the forward pass that this method defines",
@@ -85,11 +87,18 @@ class AdditiveConfig(LoraConfig):
     rank_pattern: dict[str, int] | None = field(default_factory=dict, metadata={"help": "r by layer name"})
     alpha_pattern: dict[str, float] | None = field(default_factory=dict, metadata={"help": "lora_alpha by layer name"})
 
+    if TYPE_CHECKING:
+        r: Any = None  # `None` where the method chooses it
+
     METHOD: ClassVar[str] = ""
     #: What the adapter holds and adds: a key of `forms.FORMS`.
     FORM: ClassVar[str] = "difference"
     #: The saved plain LoRA has this times `r` as its rank.
     SAVED_RANK: ClassVar[int] = 2
+    #: Whether the start is made from calibration data (`data_configs`), so that an adapter waits for it.
+    NEEDS_DATA: ClassVar[bool] = False
+    #: Of `REFUSED_FIELDS`, those that make sense for this method.
+    ALSO_SUPPORTED: ClassVar[frozenset[str]] = frozenset()
     _CLASSES: ClassVar[dict[str, type[AdditiveConfig]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -134,6 +143,8 @@ class AdditiveConfig(LoraConfig):
     def _refuse_fields(self) -> None:
         for name, reason in REFUSED_FIELDS.items():
             value = getattr(self, name)
+            if name in self.ALSO_SUPPORTED:
+                continue
             if value != _LORA_DEFAULTS[name]:
                 raise UnsupportedError(f"{type(self).__name__} does not support {name}={value!r}: {reason}.")
 
@@ -160,9 +171,17 @@ class AdditiveConfig(LoraConfig):
         """Whether the start decides the rank of this layer, and not `r` or `rank_pattern`."""
         return False
 
+    def records_start(self) -> bool:
+        """Whether the start changes the config, so that an adapter needs a config of its own."""
+        return self.NEEDS_DATA or self.chooses_rank("")
+
     def accept_rank(self, layer: str, shape: tuple[int, int], rank: int, alpha: float) -> None:
         """Record the rank that the start chose for a layer of `shape` (out, in), or refuse it."""
-        raise NotImplementedError
+        ranks: dict[str, int] = {**(self.rank_pattern or {}), only(layer): rank}
+        alphas: dict[str, float] = {**(self.alpha_pattern or {}), only(layer): alpha}
+        self.rank_pattern, self.alpha_pattern = dict(sorted(ranks.items())), dict(sorted(alphas.items()))
+        if rank > self.r:  # together, so that their quotient stays every layer's scaling
+            self.r, self.lora_alpha = rank, alpha
 
     def check_layer(self, layer: str, shape: tuple[int, int], rank: int) -> None:
         """Refuse a layer for which the settings make no sense; `shape` is its weight's (out, in)."""
@@ -186,7 +205,7 @@ class AdditiveConfig(LoraConfig):
         """
         times = self.SAVED_RANK
         grow = times**0.5 if self.use_rslora else times
-        kept = {name: getattr(self, name) for name in SUPPORTED_FIELDS - {"peft_type"}}
+        kept = {name: getattr(self, name) for name in (SUPPORTED_FIELDS - {"peft_type"}) | self.ALSO_SUPPORTED}
         assert self.lora_alpha is not None
         kept.update(
             r=times * self.r,
@@ -195,6 +214,11 @@ class AdditiveConfig(LoraConfig):
             alpha_pattern={key: alpha * grow for key, alpha in (self.alpha_pattern or {}).items()},
         )
         return LoraConfig(**kept)
+
+
+def only(layer: str) -> str:
+    """The pattern of this layer alone; without the anchor PEFT takes it for every name that ends like it."""
+    return f"^{layer}"
 
 
 #: Values of `LoraConfig.init_lora_weights` (up to `_niter_k`) that subtract from the base weight or replace it.

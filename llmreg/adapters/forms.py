@@ -5,6 +5,8 @@
 | `Difference` (PiSSA) | `A`, `B` | `A0`, `B0` | `s (B A - B0 A0) x` | 2r |
 | `ScaledDifference` (SORSA) | `A`, `S`, `B` | `A0`, `S0`, `B0` | `s (B diag(S) A - B0 diag(S0) A0) x` | 2r |
 | `Spectral` (SVFit) | `S`, the change of `S0` | `A0 = V^T`, `B0 = U`, `S0` | `s B0 diag(S) A0 x` | r |
+| `Product` (EoRA) | `A`, `B` | `A0`, `B0` | `s B A x` | r |
+| `Projection` (EVA) | `A`, `B`, from zero | `A0` | `s B A x` | r |
 
 A layer keeps each in a container of its own (`lora_A`, `lora_S0`, ...), keyed by adapter, as PEFT does. PEFT calls a
 form through its hook for adapters whose forward is not `B A x`, a `LoraVariant`.
@@ -17,12 +19,23 @@ from typing import Any, ClassVar
 import torch
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..initializers import Factors
 from .difference import add_difference, concatenate
 from .spectral import add_spectral
 
-__all__ = ["CONTAINERS", "FORMS", "Difference", "Factor", "Form", "ScaledDifference", "Spectral"]
+__all__ = [
+    "CONTAINERS",
+    "FORMS",
+    "Difference",
+    "Factor",
+    "Form",
+    "Product",
+    "Projection",
+    "ScaledDifference",
+    "Spectral",
+]
 
 #: Where a layer keeps its factors; the first two are PEFT's.
 CONTAINERS = ("lora_A", "lora_B", "lora_S", "lora_A0", "lora_B0", "lora_S0")
@@ -57,6 +70,8 @@ class Form(LoraVariant):
     own_dtypes: ClassVar[bool] = False
     #: Whether the trained `A` starts with orthonormal rows and `B` with orthonormal columns.
     orthonormal: ClassVar[bool] = False
+    #: Whether the adapter adds exactly nothing at its start.
+    starts_at_zero: ClassVar[bool] = True
 
     @staticmethod
     def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
@@ -90,8 +105,14 @@ class Form(LoraVariant):
         """
 
     @classmethod
+    def clear(cls, layer: Any, name: str) -> None:
+        """Zero all factors of an adapter that waits for its start: whatever its form, it then adds exactly nothing."""
+        for container in cls.containers():
+            getattr(layer, container)[name].weight.zero_()
+
+    @classmethod
     def set_start(cls, layer: Any, name: str, start: Factors) -> None:
-        """Put an adapter at (or back at) its start: it then adds exactly nothing."""
+        """Put an adapter at (or back at) its start: it then adds exactly nothing, if `starts_at_zero`."""
         raise NotImplementedError
 
     @classmethod
@@ -127,13 +148,14 @@ class Difference(Form):
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        module.check_regularized(active_adapter)
+        module.check_trainable(active_adapter)
         A, B, A0, B0 = module.factors(active_adapter).values()
         return add_difference(result, x, A, B, A0, B0, module.scaling[active_adapter])
 
     @classmethod
     def settle_dtypes(cls, layer: Any, name: str) -> None:
-        for frozen, trained in zip(cls.frozen, cls.trained, strict=True):
+        for frozen in cls.frozen:
+            trained = frozen.removesuffix("0")
             start, factor = getattr(layer, frozen)[name].weight, getattr(layer, trained)[name].weight
             if start.dtype != factor.dtype:
                 start.data = start.data.to(factor.dtype)
@@ -166,7 +188,7 @@ class ScaledDifference(Difference):
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        module.check_regularized(active_adapter)
+        module.check_trainable(active_adapter)
         A, B, S, A0, B0, S0 = module.factors(active_adapter).values()
         return add_difference(result, x, A, B, A0, B0, module.scaling[active_adapter], S, S0)
 
@@ -231,5 +253,46 @@ class Spectral(Form):
         return A0, B0 * S  # in the wider of the two dtypes
 
 
+class Product(Difference):
+    """A plain LoRA that begins somewhere else: EoRA's makes up for quantisation from the first step on."""
+
+    starts_at_zero = False
+
+    @staticmethod
+    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        module.check_trainable(active_adapter)
+        A, B = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
+        hidden = F.linear(module.lora_dropout[active_adapter](x), A)
+        return result + F.linear(hidden, B) * module.scaling[active_adapter]
+
+    @classmethod
+    def low_rank(cls, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return tensors["lora_A"], tensors["lora_B"]
+
+
+class Projection(Product):
+    """EVA: `A` starts at the inputs' principal components, `B` at zero, so that only `A0` need be kept."""
+
+    frozen = ("lora_A0",)
+    starts_at_zero = True
+
+    @classmethod
+    def set_start(cls, layer: Any, name: str, start: Factors) -> None:
+        for container in ("lora_A", "lora_A0"):
+            getattr(layer, container)[name].weight.copy_(start.A)
+        layer.lora_B[name].weight.zero_()
+
+    @classmethod
+    def start(cls, layer: Any, name: str) -> Factors:
+        A = layer.lora_A0[name].weight
+        return Factors(A, A.new_zeros(layer.out_features, len(A)), A.new_empty(0))
+
+
 #: The form of a config, by its `FORM`.
-FORMS: dict[str, type[Form]] = {"difference": Difference, "scaled difference": ScaledDifference, "spectral": Spectral}
+FORMS: dict[str, type[Form]] = {
+    "difference": Difference,
+    "scaled difference": ScaledDifference,
+    "spectral": Spectral,
+    "product": Product,
+    "projection": Projection,
+}

@@ -43,6 +43,8 @@ class AdditiveLayer:
             self._kept_weight: Any = None
             self._exact_unmerge: set[str] = set()
             self._unregularized: set[str] = set()
+            #: Adapters that wait for `llmreg.initialize` (EVA, CorDA): zero until then, and refused in training.
+            self.waiting: set[str] = set()
             #: Of adapters with frozen vectors: their largest relative error (Frobenius) by the dtype they are kept in.
             self.vector_error: dict[str, float] = {}
 
@@ -67,7 +69,8 @@ class AdditiveLayer:
         self.use_rslora[adapter_name] = config.use_rslora
         self.use_dora[adapter_name] = False
         self.lora_bias[adapter_name] = False
-        self.lora_dropout.update({adapter_name: nn.Identity()})
+        dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.lora_dropout.update({adapter_name: dropout})
         self.lora_variant[adapter_name] = FORMS[config.FORM]()
         if config.exact_unmerge:
             self._exact_unmerge.add(adapter_name)
@@ -81,6 +84,17 @@ class AdditiveLayer:
         self.r[adapter_name] = r
         self.form(adapter_name).make(self, adapter_name, r)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def resize(self: Any, adapter_name: str, r: int, lora_alpha: float) -> None:
+        """Remake the factors of an additive adapter for another rank and alpha, unset, as the old ones were kept."""
+        containers = self.form(adapter_name).containers()
+        before = {name: getattr(self, name)[adapter_name].weight for name in containers}
+        self.lora_alpha[adapter_name] = lora_alpha
+        self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if self.use_rslora[adapter_name] else r)
+        self.set_rank(adapter_name, r)
+        for name, old in before.items():
+            factor = getattr(self, name)[adapter_name]
+            factor.to(old.device, old.dtype).weight.requires_grad_(old.requires_grad)
 
     def _move_adapter_to_device_of_base_layer(self: Any, adapter_name: str, device: Any = None) -> None:
         """As in PEFT, and to the form's dtypes where it has its own (unset factors lose nothing by it).
@@ -102,6 +116,7 @@ class AdditiveLayer:
         super().delete_adapter(adapter_name)  # type: ignore[misc]
         self._exact_unmerge.discard(adapter_name)
         self._unregularized.discard(adapter_name)
+        self.waiting.discard(adapter_name)
         self.vector_error.pop(adapter_name, None)
 
     def factors(self: Any, adapter_name: str) -> dict[str, Tensor]:
@@ -116,8 +131,15 @@ class AdditiveLayer:
 
     @torch.no_grad()
     def set_start(self: Any, adapter_name: str, start: Factors) -> None:
-        """Start (or restart) an additive adapter: it then adds exactly nothing."""
+        """Start (or restart) an additive adapter: it then adds exactly nothing (EoRA: its compensation)."""
         self.form(adapter_name).set_start(self, adapter_name, start)
+        self.waiting.discard(adapter_name)
+
+    @torch.no_grad()
+    def wait(self: Any, adapter_name: str) -> None:
+        """Let an additive adapter add nothing until it is given its start, and refuse to train it before."""
+        self.form(adapter_name).clear(self, adapter_name)
+        self.waiting.add(adapter_name)
 
     def start(self: Any, adapter_name: str) -> Factors:
         """The start that an additive adapter was given."""
@@ -127,15 +149,23 @@ class AdditiveLayer:
         """Say whether something applies the regulariser that the adapter's config asks for."""
         (self._unregularized.discard if regularized else self._unregularized.add)(adapter_name)
 
-    def check_regularized(self: Any, adapter_name: str) -> None:
-        """Refuse to train without the regulariser that the adapter's config asks for (law 3).
+    def check_trainable(self: Any, adapter_name: str) -> None:
+        """Refuse to train without the start or the regulariser that the adapter's config asks for (law 3).
 
         Raises:
             UnsupportedError: at the first training forward.
         """
-        waits = self._unregularized and adapter_name in self._unregularized
+        if not (adapter_name in self.waiting or adapter_name in self._unregularized):
+            return
         # A new layer is in training mode also where the model around it is not.
-        if waits and self.training and self.get_base_layer().training and torch.is_grad_enabled():
+        if not (self.training and self.get_base_layer().training and torch.is_grad_enabled()):
+            return
+        if adapter_name in self.waiting:
+            raise UnsupportedError(
+                f"The adapter {adapter_name!r} starts from data and has seen none; call llmreg.initialize(trainer), or "
+                "llmreg.initialize(model, dataloader), before training."
+            )
+        if adapter_name in self._unregularized:
             raise UnsupportedError(
                 f"The config of adapter {adapter_name!r} asks for a regulariser, and nothing applies it; pass "
                 "callbacks=[llmreg.RegularizerCallback()] to the trainer, or write weights=None to take only the start."
@@ -236,6 +266,6 @@ def upgrade(layer: Any) -> None:
 def downgrade(layer: Any) -> None:
     """Undo `upgrade` on a layer that holds no additive adapter."""
     added = [name for name in CONTAINERS if name not in LoraLayer.adapter_layer_names]
-    for name in (*added, "_kept_weight", "_exact_unmerge", "_unregularized", "vector_error"):
+    for name in (*added, "_kept_weight", "_exact_unmerge", "_unregularized", "waiting", "vector_error"):
         delattr(layer, name)
     layer.__class__ = type(layer).__mro__[2]  # the class that `AdditiveLayer` was mixed into

@@ -1,26 +1,31 @@
-"""What an adapter that is being loaded or saved must know, handed past PEFT's own calls in context variables."""
+"""What an adapter that is being made, loaded or saved must know, handed past PEFT's own calls in context variables."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 from torch import Tensor
 
+from ..calibration import Statistics
+
 __all__ = [
     "checking_start",
+    "current_statistics",
     "exact_factors",
     "expected_start",
     "is_saving",
     "saved_factors",
     "saving",
     "starts",
+    "use_statistics",
     "without_start",
 ]
 
 _WITHOUT_START: ContextVar[bool] = ContextVar("llmreg_without_start", default=False)
 _SAVED_FACTORS: ContextVar[dict[str, Tensor] | None] = ContextVar("llmreg_saved_factors", default=None)
+_STATISTICS: ContextVar[Sequence[Statistics]] = ContextVar("llmreg_statistics", default=())
 _SAVING: ContextVar[bool] = ContextVar("llmreg_saving", default=False)
 _EXPECTED_START: ContextVar[dict[str, Tensor] | None] = ContextVar("llmreg_expected_start", default=None)
 
@@ -38,6 +43,22 @@ def without_start() -> Iterator[None]:
 def starts() -> bool:
     """Whether an adapter that is injected now must be given its start."""
     return not _WITHOUT_START.get()
+
+
+@contextmanager
+def use_statistics(*statistics: Statistics) -> Iterator[None]:
+    """Adapters injected in this context that start from data (EVA, CorDA, EoRA) take these statistics, gathered before
+    by `llmreg.calibration.calibrate` under the layers' names in the base model; no `llmreg.initialize` is needed."""
+    token = _STATISTICS.set(statistics)
+    try:
+        yield
+    finally:
+        _STATISTICS.reset(token)
+
+
+def current_statistics() -> Sequence[Statistics]:
+    """The statistics of the surrounding `use_statistics`; empty if there are none."""
+    return _STATISTICS.get()
 
 
 @contextmanager

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from ..errors import UnsupportedError, WeightError
 from ..weights import gathered, storage_of
 from .config import AdditiveConfig, base_change
+from .data_configs import DataConfig
+from .data_start import start_from_data
 from .forms import CONTAINERS, FORMS
 from .layer import AdditiveLayer, additive_class, downgrade, upgrade
 from .loading import exact_factors, expected_start, starts
@@ -42,14 +44,16 @@ class AdditiveModel(TunerCalls, LoraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Wrap the targeted layers and start the factors; on an error the model is as it was before."""
         config = self.peft_config[adapter_name]
-        if isinstance(config, AdditiveConfig) and config.chooses_rank(""):  # and records it: not in the caller's config
+        if isinstance(config, AdditiveConfig) and config.records_start():  # not in the caller's config
             config = self.peft_config[adapter_name] = copy.copy(config)
         try:
             with unchanged_on_error(self):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
                 if isinstance(config, AdditiveConfig):
                     config.on_model = True
-                if isinstance(config, AdditiveConfig) and starts():
+                if isinstance(config, DataConfig) and starts():
+                    start_from_data(self, adapter_name)
+                elif isinstance(config, AdditiveConfig) and starts():
                     start_factors(model, adapter_name, config, self.peft_config)
                     expected = expected_start()
                     if expected is not None:
@@ -123,7 +127,9 @@ class AdditiveModel(TunerCalls, LoraModel):
     ) -> dict[str, Tensor]:
         """The difference form under plain LoRA's names: rank 2r, loadable by plain PEFT."""
         live = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return to_stored(live, tiny=is_tiny(config)) if isinstance(config, AdditiveConfig) else live
+        if not isinstance(config, AdditiveConfig):
+            return live
+        return to_stored(live, FORMS[config.FORM], tiny=is_tiny(config))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -24,7 +24,7 @@ from .side_by_side import Map, side_by_side
 from .start_cache import StartCache, current_starts
 from .start_key import StartKey, start_keys
 
-__all__ = ["start_factors"]
+__all__ = ["broadcast_start", "decomposing_device", "is_distributed", "start_factors"]
 
 #: Bytes of fp32 weights of equal shape that are in memory together, and that are decomposed as one batch. On a CPU
 #: only small layers gain by a batch; the batches of a group go side by side.
@@ -115,7 +115,7 @@ def _batches(group: list[tuple[str, Any]]) -> list[list[tuple[str, Any]]]:
 def _chunks(layers: list[tuple[str, Any]], budgets: dict[str, int]) -> list[list[tuple[str, Any]]]:
     """Layers of one shape in chunks of at most the budget of the device that decomposes; at least one."""
     layer = layers[0][1]
-    size = max(1, budgets[_device() or "cpu"] // (4 * layer.out_features * layer.in_features))
+    size = max(1, budgets[decomposing_device() or "cpu"] // (4 * layer.out_features * layer.in_features))
     return [layers[first : first + size] for first in range(0, len(layers), size)]
 
 
@@ -143,7 +143,7 @@ def _start_group(
             if config.chooses_rank(name):
                 _take_rank(name, layer, adapter_name, config, start.A.shape[-2])
             layer.set_start(adapter_name, start)
-            _broadcast(layer, adapter_name)
+            broadcast_start(layer, adapter_name)
 
 
 def _take_rank(name: str, layer: Any, adapter_name: str, config: AdditiveConfig, rank: int) -> None:
@@ -161,7 +161,7 @@ def _keys(
     if cache is None:
         return None
     bases = [layer.get_base_layer() for _, layer in batch]
-    return start_keys(bases, config, batch[0][0], rank, scaling, _device())
+    return start_keys(bases, config, batch[0][0], rank, scaling, decomposing_device())
 
 
 def _decompose(
@@ -182,19 +182,24 @@ def _decompose(
 
 def _read(name: str, layer: Any) -> Tensor:
     """The layer's base weight in fp32, on a GPU where there is one."""
-    return read_weight(layer.get_base_layer(), name=name, device=_device())
+    return read_weight(layer.get_base_layer(), name=name, device=decomposing_device())
 
 
-def _device() -> str | None:
+def decomposing_device() -> str | None:
     """Where weights are decomposed; None: where they are."""
     return "cuda" if torch.cuda.is_available() else None
 
 
-def _broadcast(layer: Any, adapter_name: str) -> None:
+def broadcast_start(layer: Any, adapter_name: str) -> None:
     """Every rank takes rank 0's factors: equal to the last bit, whatever each rank's hardware rounds to."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not is_distributed():
         return
     start = layer.start(adapter_name)
     for value in filter(Tensor.numel, (start.A, start.B, start.singular_values)):
         dist.broadcast(value.data, src=0)
     layer.set_start(adapter_name, start)
+
+
+def is_distributed() -> bool:
+    """Whether several processes run this."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -1,7 +1,7 @@
 """Translation between the live factors of an adapter and the plain LoRA it is stored as (names and tensors).
 
 live    <layer>.lora_A[.adapter].weight and what else its form has (`forms`)      rank r
-stored  <layer>.lora_A.weight = down   <layer>.lora_B.weight = up                 rank 2r, or r for `Spectral`
+stored  <layer>.lora_A.weight = down   <layer>.lora_B.weight = up                 rank 2r; r for all but differences
 tiny    <layer>.lora_S.weight                                                     `Spectral` only, vectors recomputed
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import AdapterFileError
 from .difference import split
-from .forms import CONTAINERS, Difference, Form, ScaledDifference, Spectral
+from .forms import CONTAINERS, Difference, Form, Product, ScaledDifference, Spectral
 
 __all__ = ["from_stored", "to_stored"]
 
@@ -27,7 +27,7 @@ def _is_factor(key: str) -> bool:
     return any(f".{container}." in key for container in CONTAINERS)
 
 
-def to_stored(live: dict[str, Tensor], *, tiny: bool = False) -> dict[str, Tensor]:
+def to_stored(live: dict[str, Tensor], form: type[Form] = Difference, *, tiny: bool = False) -> dict[str, Tensor]:
     """Live tensors (adapter name in the key or not) -> the same keys for `lora_A`, `lora_B` of a plain LoRA.
 
     A frozen start follows the dtype of the factors, as in the forward pass. Other entries pass through. `tiny` keeps
@@ -37,21 +37,13 @@ def to_stored(live: dict[str, Tensor], *, tiny: bool = False) -> dict[str, Tenso
     if tiny:
         return stored | {key: value for key, value in live.items() if ".lora_S." in key}
     for key in (key for key in live if ".lora_A0." in key):
-        keys = {container: _sibling(key, container) for container in CONTAINERS}
-        factors = {container: live[name].detach() for container, name in keys.items() if name in live}
-        form = _form(factors)
+        factors = {name: live[_sibling(key, name)].detach() for name in form.containers()}
         if not form.own_dtypes:
-            for frozen, trained in zip(form.frozen, form.trained, strict=True):
-                factors[frozen] = factors[frozen].to(factors[trained].dtype)
+            for frozen in form.frozen:
+                factors[frozen] = factors[frozen].to(factors[frozen.removesuffix("0")].dtype)
         down, up = form.low_rank(factors)
         stored[_sibling(key, "lora_A")], stored[_sibling(key, "lora_B")] = down.contiguous(), up.contiguous()
     return stored
-
-
-def _form(factors: dict[str, Tensor]) -> type[Form]:
-    if "lora_A" not in factors:
-        return Spectral
-    return ScaledDifference if "lora_S" in factors else Difference
 
 
 def from_stored(
@@ -63,7 +55,8 @@ def from_stored(
     """Stored tensors -> live ones (adapter-name-free keys), bit-exact where `exact` holds the factors.
 
     Without `exact` the difference form is split: the same function within one rounding, whatever rank-2r LoRA it is.
-    The spectral form needs the vectors that the live adapter has (`present`), and reads off how long they became.
+    The spectral form needs the vectors that the live adapter has (`present`), and reads off how long they became. A
+    product is its own stored form, beside the start that the live adapter has.
 
     Raises:
         AdapterFileError: a factor is missing, or without `exact` the stored form does not tell the factors.
@@ -83,6 +76,9 @@ def from_stored(
             live.update({name: exact[name] for name in keys})
             continue
         up = stored.get(_sibling(key, "lora_B"))
+        if issubclass(form, Product) and up is not None:
+            live.update({key: stored[key], _sibling(key, "lora_B"): up})
+            continue
         if form is Spectral and up is not None:
             parts = _spectral(key, stored[key], up, present or {})
             live.update({_sibling(key, name): value for name, value in parts.items()})

@@ -12,17 +12,17 @@ from peft.utils.other import get_pattern_key
 
 from ..errors import UnsupportedError
 from ..initializers import Factors, pissa, rank_of_energy, singular_components, sliced_components
-from .config import AdditiveConfig
+from .config import AdditiveConfig, only
 from .registry import SVFIT_TINY
 
-__all__ = ["PissaConfig", "SorsaConfig", "SvfitConfig"]
+__all__ = ["DecomposedConfig", "PissaConfig", "SorsaConfig", "SvfitConfig"]
 
 #: A layer's frozen vectors may take this share of its weight before consent is asked for.
 LARGE = 0.25
 
 
 @dataclass
-class _DecomposedConfig(AdditiveConfig):
+class DecomposedConfig(AdditiveConfig):
     """Base of the methods that start from a truncated SVD.
 
     Args:
@@ -43,13 +43,13 @@ class _DecomposedConfig(AdditiveConfig):
     def start_settings(self, layer: str = "") -> tuple:
         return (self.METHOD, self.svd, self.oversample, self.power_iterations, self.seed)
 
-    def _svd(self) -> dict[str, Any]:
+    def svd_options(self) -> dict[str, Any]:
         names = ("svd", "oversample", "power_iterations", "seed")
         return {name: getattr(self, name) for name in names}
 
 
 @dataclass
-class PissaConfig(_DecomposedConfig):
+class PissaConfig(DecomposedConfig):
     """PiSSA (arXiv 2404.02948) over an untouched base: `peft.get_peft_model(base, PissaConfig(r=16, ...))`.
 
     Trains `A`, `B`, which start at the principal components, and adds `s (B A - B0 A0) x`.
@@ -67,11 +67,11 @@ class PissaConfig(_DecomposedConfig):
     METHOD: ClassVar[str] = "pissa"
 
     def start(self, W: Any, rank: int, scaling: float, layer: str = "") -> Factors:
-        return pissa(W, rank, scaling, **self._svd())
+        return pissa(W, rank, scaling, **self.svd_options())
 
 
 @dataclass
-class SorsaConfig(_DecomposedConfig):
+class SorsaConfig(DecomposedConfig):
     """SORSA (arXiv 2409.00055): trains `A = V^T`, `S` and `B = U` of the principal part, kept near orthonormal.
 
     Adds `s (B diag(S) A - B0 diag(S0) A0) x` to an untouched `W x`; `s = 1` unless `lora_alpha` says otherwise. The
@@ -110,11 +110,11 @@ class SorsaConfig(_DecomposedConfig):
         return bool(self.weights)
 
     def start(self, W: Any, rank: int, scaling: float, layer: str = "") -> Factors:
-        return singular_components(W, rank, **self._svd())
+        return singular_components(W, rank, **self.svd_options())
 
 
 @dataclass
-class SvfitConfig(_DecomposedConfig):
+class SvfitConfig(DecomposedConfig):
     """SVFit (arXiv 2409.05926): trains only the change of `r` singular values, `U diag(S) V^T x` added to `W x`.
 
     `U` and `V` are frozen and kept in the base's dtype; `S` starts at zero and is float32. It wants a learning rate
@@ -210,7 +210,7 @@ class SvfitConfig(_DecomposedConfig):
             )
 
     def start_settings(self, layer: str = "") -> tuple:
-        by_energy = self.chooses_rank(layer) or (self.energy is not None and _only(layer) in (self.rank_pattern or {}))
+        by_energy = self.chooses_rank(layer) or (self.energy is not None and only(layer) in (self.rank_pattern or {}))
         chosen = (self.energy, self.energy_measure) if by_energy else ()
         return (*super().start_settings(layer), self.slices_of(layer), *chosen)
 
@@ -219,8 +219,8 @@ class SvfitConfig(_DecomposedConfig):
         if self.chooses_rank(layer):
             rank = slices * self.rank_for(W, slices)
         if slices == 1:
-            return singular_components(W, rank, **self._svd())
-        return sliced_components(W, rank, slices, **self._svd())
+            return singular_components(W, rank, **self.svd_options())
+        return sliced_components(W, rank, slices, **self.svd_options())
 
     def rank_for(self, W: Any, slices: int = 1) -> int:
         """The rank that `energy` chooses for a weight `(out, in)`: of its slices the largest."""
@@ -236,14 +236,4 @@ class SvfitConfig(_DecomposedConfig):
                 f"energy={self.energy} chooses rank {rank} of {min(shape)} for layer {layer!r}, whose frozen vectors "
                 f"would take {share:.0%} of the layer's size; write allow_large=True, lower energy, or give r."
             )
-        ranks: dict[str, int] = {**(self.rank_pattern or {}), _only(layer): rank}
-        alphas: dict[str, float] = {**(self.alpha_pattern or {}), _only(layer): alpha}
-        self.rank_pattern, self.alpha_pattern = dict(sorted(ranks.items())), dict(sorted(alphas.items()))
-        assert self.r is not None
-        if rank > self.r:  # together, so that their quotient stays every layer's scaling
-            self.r, self.lora_alpha = rank, alpha
-
-
-def _only(layer: str) -> str:
-    """The pattern of this layer alone; without the anchor PEFT takes it for every name that ends like it."""
-    return f"^{layer}"
+        super().accept_rank(layer, shape, rank, alpha)

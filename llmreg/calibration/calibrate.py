@@ -18,7 +18,7 @@ from torch import nn
 
 from llmreg.calibration.cache import CalibrationCache
 from llmreg.calibration.distributed import everyones
-from llmreg.calibration.passes import Forward, Passes
+from llmreg.calibration.passes import Forward, Passes, StoppingRule
 from llmreg.calibration.results import Statistics
 from llmreg.calibration.statistics import Need
 from llmreg.errors import LlmregWarning, RecipeError
@@ -44,6 +44,7 @@ def calibrate(
     unreached: Literal["raise", "report"] = "raise",
     cache: CalibrationCache | None = None,
     distributed: bool = False,
+    until: StoppingRule | None = None,
 ) -> Statistics:
     """Statistics of the inputs of `layers` while `model` runs over `batches`, in evaluation mode without gradients.
 
@@ -70,6 +71,8 @@ def calibrate(
         cache: read the statistics from disk, or leave them there.
         distributed: every process of the default group calls this with its share of the batches and gets the
             sums of all; the first one writes to the cache, which counts as there only if all of them see it.
+        until: asked after every batch with the sums so far (by layer); True ends the pass before its data does. In a
+            distributed run each process asks about its own sums.
 
     Raises:
         RecipeError: no batches, no counted token, an unknown or unreached layer, a budget that is too small (names the
@@ -89,6 +92,7 @@ def calibrate(
         "max_tokens": max_tokens,
         "seed": seed,
         "share_inputs": share_inputs,
+        **({} if until is None else {"until": until.key}),
         "processes": dist.get_world_size() if distributed and max_tokens is not None else 1,
     }
     if cache is not None:
@@ -96,7 +100,7 @@ def calibrate(
         if found is not None:
             found.check(model)
             return found
-    task = Passes(model, batches, modules, need, max_tokens, forward, seed, share_inputs)
+    task = Passes(model, batches, modules, need, max_tokens, forward, seed, share_inputs, until)
     statistics = _together(lambda: task.run(memory_budget, exact, sketch), distributed)
     _check_reached(statistics, unreached)
     if cache is not None and (not distributed or dist.get_rank() == 0):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -20,9 +20,18 @@ from llmreg.calibration.tokens import BatchTokens, batch_tokens
 from llmreg.errors import RecipeError, UnsupportedError
 from llmreg.progress import meter
 
-__all__ = ["Forward", "Passes"]
+__all__ = ["Forward", "Passes", "StoppingRule"]
 
 Forward = Callable[[nn.Module, Any], Any]
+
+
+class StoppingRule(Protocol):
+    """Whether sums over batches are enough; `key` says what decides that, for the cache."""
+
+    @property
+    def key(self) -> str: ...
+
+    def __call__(self, sums: Mapping[str, InputStatistics]) -> bool: ...
 
 
 @dataclass
@@ -37,6 +46,7 @@ class Passes:
     forward: Forward | None
     seed: int
     share_inputs: bool
+    until: StoppingRule | None = None
 
     def run(self, budget: int | None, exact: bool | None, sketch: int | None) -> Statistics:
         """The statistics of the layers that were reached, in the order of `modules`; raises what `calibrate` does."""
@@ -117,6 +127,8 @@ class Passes:
                 rate = counted / max(time.monotonic() - started, 1e-9)
                 advance(f"{rate:,.0f} tokens/s, {len(collector.leader_of)} layers")
                 if self.max_tokens is not None and counted >= self.max_tokens:
+                    break
+                if self.until is not None and self.until(collector.of_layer()):
                     break
         unaligned, missed = tuple(collector.unaligned), tuple(collector.masks_missed)
         report = CalibrationReport(counted, seen, len(plan.passes), 0.0, plan.reason, (), unaligned, missed)

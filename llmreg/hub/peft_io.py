@@ -28,6 +28,7 @@ from safetensors import safe_open
 
 from ..adapters.bone_config import BoneConfig
 from ..adapters.config import AdditiveConfig
+from ..adapters.data_start import waiting_layers
 from ..adapters.loading import checking_start, exact_factors, saved_factors, saving, without_start
 from ..adapters.model import adopt, live_factors
 from ..adapters.registry import ADDITIVE, check_peft_version
@@ -80,6 +81,12 @@ def save_pretrained(self: PeftModel, *args: Any, **kwargs: Any) -> None:
     if not additive:
         _drop_sidecars(plain)
         return original(*call.args, **call.kwargs)
+    for name in additive:
+        if waiting_layers(self, name):
+            raise UnsupportedError(
+                f"The adapter {name!r} starts from data and has seen none, so there is nothing to save; call "
+                "llmreg.initialize first."
+            )
     if not given["safe_serialization"]:
         raise UnsupportedError("safe_serialization=False would write a pickle; leave it out to write safetensors.")
     if given["path_initial_model_for_weight_conversion"] is not None:

@@ -3,6 +3,7 @@
 from llmreg.weights.finite import check_finite
 from llmreg.weights.hashing import bytes_hash, module_bytes_hash
 from llmreg.weights.identity import Identity, identity_hash
+from llmreg.weights.original import OriginalWeights, original_checkpoint
 from llmreg.weights.quantized import dequantize, requantize
 from llmreg.weights.read import read_weight
 from llmreg.weights.sharded import gathered, is_sharded
@@ -11,6 +12,7 @@ from llmreg.weights.storage import Storage, is_supported, storage_of
 
 __all__ = [
     "Identity",
+    "OriginalWeights",
     "SafetensorsSource",
     "Storage",
     "bytes_hash",
@@ -21,6 +23,7 @@ __all__ = [
     "is_sharded",
     "is_supported",
     "module_bytes_hash",
+    "original_checkpoint",
     "read_weight",
     "requantize",
     "storage_of",

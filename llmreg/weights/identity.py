@@ -18,7 +18,7 @@ from llmreg.weights.digests import cached_file_digest
 from llmreg.weights.hashing import memory_digest, unwrapped
 from llmreg.weights.source import weight_files
 
-__all__ = ["Identity", "identity_hash"]
+__all__ = ["Identity", "checkpoint_folder", "identity_hash"]
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,26 @@ def identity_hash(model_or_path: nn.Module | str | Path, revision: str | None = 
     return Identity(_combined(files), "checkpoint", name, commit)
 
 
+def checkpoint_folder(model: nn.Module) -> Path | None:
+    """The folder on this machine that a model was loaded from; None if there is none with weights."""
+    files, _, _ = _files_of(unwrapped(model), None)
+    return files[0].parent if files else None
+
+
 def _identity_of_model(model: nn.Module, revision: str | None) -> Identity:
-    config: Any = getattr(model, "config", None)
-    where = getattr(config, "_name_or_path", None) or getattr(model, "name_or_path", None)
-    loaded_commit = getattr(config, "_commit_hash", None)
-    files: list[Path] = []
-    name, commit = None, revision
-    if isinstance(where, str) and where:
-        files, name, commit = _locate(where, revision or loaded_commit, from_hub=loaded_commit is not None)
+    files, name, commit = _files_of(model, revision)
     if files:
         return Identity(_combined(files), "checkpoint", name, commit)
     return Identity(memory_digest(model), "memory", name, commit)
+
+
+def _files_of(model: nn.Module, revision: str | None) -> tuple[list[Path], str | None, str | None]:
+    config: Any = getattr(model, "config", None)
+    where = getattr(config, "_name_or_path", None) or getattr(model, "name_or_path", None)
+    loaded_commit = getattr(config, "_commit_hash", None)
+    if isinstance(where, str) and where:
+        return _locate(where, revision or loaded_commit, from_hub=loaded_commit is not None)
+    return [], None, revision
 
 
 def _locate(where: str, revision: str | None, from_hub: bool = False) -> tuple[list[Path], str | None, str | None]:

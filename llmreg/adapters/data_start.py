@@ -1,0 +1,272 @@
+"""Starting an adapter from calibration statistics: ranks first, then the factors, one distinct input at a time.
+
+A moment is damped (or its components found) once for all layers that share the input, and let go before the next.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..calibration import InputStatistics, Statistics
+from ..errors import RecipeError, UnsupportedError, WeightError
+from ..initializers import Factors
+from ..progress import track
+from ..weights import OriginalWeights, gathered, read_weight, storage_of
+from .config import only
+from .data_configs import DataConfig
+from .data_group import DataGroup, DataLayer
+from .layer import AdditiveLayer
+from .loading import current_statistics
+from .start import broadcast_start, decomposing_device, is_distributed
+
+__all__ = ["start_from_data", "start_from_statistics", "waiting_adapters", "waiting_layers"]
+
+
+@torch.no_grad()
+def start_from_data(tuner: Any, adapter_name: str) -> None:
+    """Start a new adapter from a sibling of the same settings (TRL's reference copy asks for no data), from the
+    surrounding `use_statistics`, or let it wait for `llmreg.initialize`."""
+    for layer in _layers(tuner.model, adapter_name).values():
+        layer.wait(adapter_name)
+    sibling = _started_sibling(tuner, adapter_name)
+    if sibling is not None:
+        _copy_start(tuner, adapter_name, sibling)
+    statistics = current_statistics()
+    if statistics and waiting_layers(tuner.model, adapter_name):
+        start_from_statistics(tuner, adapter_name, statistics)
+
+
+def _layers(model: nn.Module, adapter_name: str) -> dict[str, Any]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, AdditiveLayer) and module.form(adapter_name)
+    }
+
+
+def waiting_layers(model: nn.Module, adapter_name: str) -> dict[str, Any]:
+    """The layers of `model` on which an adapter waits for its start, by name."""
+    return {name: layer for name, layer in _layers(model, adapter_name).items() if adapter_name in layer.waiting}
+
+
+def waiting_adapters(model: nn.Module) -> list[str]:
+    """The adapters that wait for their start on some layer."""
+    names: dict[str, None] = {}
+    for module in model.modules():
+        if isinstance(module, AdditiveLayer):
+            names.update(dict.fromkeys(sorted(module.waiting)))
+    return list(names)
+
+
+@torch.no_grad()
+def start_from_statistics(tuner: Any, adapter_name: str, statistics: Sequence[Statistics]) -> dict[str, int]:
+    """Give every layer on which `adapter_name` waits its rank and its factors; the config records what was chosen.
+
+    Args:
+        tuner: the tuner, whose `model` is the base with its adapters injected.
+        statistics: of the layers' inputs, by the layers' names in the base; one for each sub-set of the data.
+
+    Returns:
+        The rank of each layer, in the order of the model; 0 where the adapter was removed.
+
+    Raises:
+        RecipeError: the statistics lack a layer.
+        WeightError, UnsupportedError: what the method's initialiser refuses; names the layer.
+    """
+    config: DataConfig = tuner.peft_config[adapter_name]
+    layers = waiting_layers(tuner.model, adapter_name)
+    original = _original_weights(config, tuner.model, layers)
+    members = _groups(layers, statistics)
+    groups = [_data_group(adapter_name, layers, parts, names, original) for parts, names in members]
+    surveys = [config.survey(group) for group in track(groups, f"{config.method}: looking at inputs")]
+    ranks = _agreed(config.new_ranks(groups, surveys))
+    if ranks is not None:
+        _set_ranks(tuner, adapter_name, config, layers, ranks)
+        layers = {name: layer for name, layer in layers.items() if ranks[name]}
+        members = [(parts, [name for name in names if ranks[name]]) for parts, names in members]
+    for (parts, names), survey in track(list(zip(members, surveys, strict=True)), f"{config.method}: decomposing"):
+        if names:
+            group = _data_group(adapter_name, layers, parts, names, original)
+            _set_starts(adapter_name, config, group, survey, layers)
+    final = {name: layer.r[adapter_name] for name, layer in layers.items()}
+    return final if ranks is None else {name: final.get(name, 0) for name in ranks}
+
+
+def remove_layer(tuner: Any, adapter_name: str, name: str) -> None:
+    """Take an adapter off one layer; what no adapter is left on becomes the base's own layer again."""
+    layer = tuner.model.get_submodule(name)
+    layer.delete_adapter(adapter_name)
+    if not layer.r:
+        parent, _, child = name.rpartition(".")
+        setattr(tuner.model.get_submodule(parent), child, layer.get_base_layer())
+        tuner.targeted_module_names = [other for other in tuner.targeted_module_names if other != name]
+
+
+def keep_targets(config: DataConfig, names: Sequence[str], removed: Sequence[str]) -> None:
+    """Let the config's targets be exactly the layers called `names`."""
+    ambiguous = any(other.endswith(f".{name}") for name in names for other in removed)
+    if ambiguous:  # PEFT takes a listed name for every layer whose name ends like it
+        config.target_modules = "|".join(name.replace(".", r"\.") for name in names)
+    else:
+        config.target_modules = set(names)
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+
+
+# -- siblings -----------------------------------------------------------------------------------------------------
+
+
+def _started_sibling(tuner: Any, adapter_name: str) -> str | None:
+    config = tuner.peft_config[adapter_name]
+    for name, other in tuner.peft_config.items():
+        if name == adapter_name or type(other) is not type(config):
+            continue
+        layers = _layers(tuner.model, name)
+        started = layers and not any(name in layer.waiting for layer in layers.values())
+        if started and other.start_settings() == config.start_settings():
+            return name
+    return None
+
+
+def _copy_start(tuner: Any, adapter_name: str, sibling: str) -> None:
+    """Ranks and start of a sibling; where it redistributed ranks and has none, this adapter has none either."""
+    config: DataConfig = tuner.peft_config[adapter_name]
+    layers = _layers(tuner.model, adapter_name)
+    shared = {name: layer for name, layer in layers.items() if layer.form(sibling)}
+    ranks = {name: layer.r[sibling] for name, layer in shared.items()}
+    if config.redistributes():
+        ranks |= {name: 0 for name in layers if name not in shared}
+    elif any(layer.r[adapter_name] != ranks[name] for name, layer in shared.items()):
+        return
+    if any(rank != layers[name].r[adapter_name] for name, rank in ranks.items()):
+        _set_ranks(tuner, adapter_name, config, layers, ranks)
+    for layer in shared.values():
+        if layer.scaling[sibling] == layer.scaling[adapter_name] or not config.STARTS_WITH_SCALING:
+            layer.set_start(adapter_name, layer.start(sibling))
+
+
+# -- groups -------------------------------------------------------------------------------------------------------
+
+
+def _groups(
+    layers: dict[str, Any], statistics: Sequence[Statistics]
+) -> list[tuple[tuple[InputStatistics | None, ...], list[str]]]:
+    """Layers that share all their statistics, in the order of the model."""
+    found: dict[tuple[int, ...] | str, tuple[tuple[InputStatistics | None, ...], list[str]]] = {}
+    for name in layers:
+        parts = tuple(one.get(name) for one in statistics)
+        for one, part in zip(statistics, parts, strict=True):
+            if part is None and name not in one.report.unreached:
+                raise RecipeError(
+                    f"the statistics lack layer {name!r}: they are of another model or of other targets; calibrate "
+                    "this model with the layers that the adapter targets"
+                )
+        reached = all(part is not None for part in parts)
+        key: tuple[int, ...] | str = tuple(map(id, parts)) if reached else name
+        found.setdefault(key, (parts, []))[1].append(name)
+    return list(found.values())
+
+
+def _data_group(
+    adapter_name: str,
+    layers: dict[str, Any],
+    parts: tuple[InputStatistics | None, ...],
+    names: Sequence[str],
+    original: Callable[[str, Any], Tensor] | None,
+) -> DataGroup:
+    device = decomposing_device()
+    members = tuple(_data_layer(name, layers[name], adapter_name, original, device) for name in names)
+    for part in parts:
+        if part is not None and part.dim != members[0].shape[1]:
+            raise RecipeError(
+                f"the statistics of layer {names[0]!r} are of {part.dim} inputs, and it has {members[0].shape[1]}: "
+                "they are of another model; calibrate this one"
+            )
+    return DataGroup(parts, members, device)
+
+
+def _data_layer(name: str, layer: Any, adapter_name: str, original: Any, device: Any) -> DataLayer:
+    base = layer.get_base_layer()
+
+    def refuse() -> Tensor:
+        raise UnsupportedError(f"layer {name!r} has no full-precision weight to read.")
+
+    return DataLayer(
+        name=name,
+        shape=(layer.out_features, layer.in_features),
+        rank=layer.r[adapter_name],
+        scaling=layer.scaling[adapter_name],
+        weight=functools.partial(read_weight, base, name=name, device=device),
+        original=refuse if original is None else functools.partial(original, name, base),
+    )
+
+
+def _original_weights(config: DataConfig, model: nn.Module, layers: dict[str, Any]) -> Any:
+    """What reads weights as they were before quantisation; None where the method does not ask for them."""
+    if config.METHOD != "eora":
+        return None
+    for name, layer in layers.items():
+        if not storage_of(layer.get_base_layer()).quantized:
+            raise UnsupportedError(
+                f"EoRA makes up for quantisation, and layer {name!r} is not quantised; load the model with a "
+                "BitsAndBytesConfig (nf4 or int8), or choose another method."
+            )
+    weights = OriginalWeights(model)
+    return lambda name, base: weights.read(base, name, device=decomposing_device())
+
+
+# -- what they get ------------------------------------------------------------------------------------------------
+
+
+def _set_ranks(
+    tuner: Any, adapter_name: str, config: DataConfig, layers: dict[str, Any], ranks: dict[str, int]
+) -> None:
+    removed = [name for name, rank in ranks.items() if rank == 0]
+    if len(removed) == len(ranks):
+        raise WeightError("No layer is left with a rank; calibrate on more data, or choose other targets.")
+    for name, layer in layers.items():
+        before, after = layer.r[adapter_name], ranks[name]
+        if after in (0, before):
+            continue
+        alpha = config.new_alpha(layer.lora_alpha[adapter_name], before, after)
+        config.accept_rank(name, (layer.out_features, layer.in_features), after, alpha)
+        layer.resize(adapter_name, after, alpha)
+    # What kept its rank must not follow a new `r`.
+    for name, layer in layers.items():
+        if ranks[name] == layer.r[adapter_name] and only(name) not in (config.rank_pattern or {}):
+            shape = (layer.out_features, layer.in_features)
+            config.accept_rank(name, shape, ranks[name], layer.lora_alpha[adapter_name])
+    if removed:
+        for name in removed:
+            remove_layer(tuner, adapter_name, name)
+        keep_targets(config, [name for name, rank in ranks.items() if rank], removed)
+
+
+def _set_starts(adapter_name: str, config: DataConfig, group: DataGroup, survey: Any, layers: dict[str, Any]) -> None:
+    with gathered([layers[layer.name].get_base_layer() for layer in group.layers]):
+        try:
+            starts: list[Factors] = config.starts(group, survey)
+        except (WeightError, UnsupportedError) as error:
+            raise type(error)(f"{_named(group)}: {error}") from error
+    for layer, start in zip(group.layers, starts, strict=True):
+        layers[layer.name].set_start(adapter_name, start)
+        broadcast_start(layers[layer.name], adapter_name)
+
+
+def _named(group: DataGroup) -> str:
+    names = [layer.name for layer in group.layers]
+    return f"layer {names[0]!r}" if len(names) == 1 else f"layers {names[0]!r} to {names[-1]!r}"
+
+
+def _agreed(ranks: dict[str, int] | None) -> dict[str, int] | None:
+    """Rank 0's choice: sums that agree to rounding could order two components differently."""
+    if not is_distributed():
+        return ranks
+    common = [ranks]
+    dist.broadcast_object_list(common, src=0)
+    return common[0]

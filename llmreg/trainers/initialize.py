@@ -1,0 +1,239 @@
+"""`llmreg.initialize`: the start of adapters that begin from data (CorDA, EVA, EoRA), between wrapping and training.
+
+    trainer = trl.SFTTrainer(model, peft_config=llmreg.EvaConfig(...), ...)
+    llmreg.initialize(trainer)            # on what it trains on
+    trainer.train()
+
+Calibration runs the base, with all adapters off, over the data once, and gathers of each distinct layer input what the
+methods need (`llmreg.calibration`); then ranks are chosen, if the method chooses them, and factors made. It must come
+before the optimizer is built, because ranks change the parameters.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from ..adapters.data_configs import CordaConfig, DataConfig
+from ..adapters.data_start import start_from_data, start_from_statistics, waiting_adapters, waiting_layers
+from ..calibration import CalibrationCache, Statistics, calibrate
+from ..calibration.passes import Forward
+from ..errors import LlmregWarning, RecipeError, UnsupportedError
+from .calibration_data import batches_of_trainer
+
+__all__ = ["InitializationReport", "initialize"]
+
+logger = logging.getLogger("llmreg")
+
+
+@dataclass(frozen=True)
+class InitializationReport:
+    """What `initialize` did.
+
+    Attributes:
+        adapters: name -> method. ranks: name -> rank of each layer, 0 where the adapter was removed.
+        calibration: of each calibration: tokens, batches, passes, exact or sketched and why, every distinct input.
+        seconds: of the whole; calibration_seconds: of it, gathering statistics.
+    """
+
+    adapters: dict[str, str] = field(default_factory=dict)
+    ranks: dict[str, dict[str, int]] = field(default_factory=dict)
+    calibration: tuple[dict[str, Any], ...] = ()
+    seconds: float = 0.0
+    calibration_seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain values."""
+        return asdict(self)
+
+
+def initialize(
+    model_or_trainer: Any,
+    dataloader: Iterable[Any] | None = None,
+    *,
+    calibration_dataset: Any = None,
+    statistics: Statistics | Sequence[Statistics] | None = None,
+    samples: int | None = 256,
+    batch_size: int | None = None,
+    max_tokens: int | None = None,
+    memory_budget: int | None = None,
+    exact: bool | None = None,
+    sketch: int | None = None,
+    forward: Forward | None = None,
+    cache: CalibrationCache | None = None,
+    seed: int = 0,
+) -> InitializationReport:
+    """Start every adapter that waits for data, on a prebuilt model or on a trainer before `train()`.
+
+    Args:
+        model_or_trainer: a `PeftModel` with such an adapter, or a trainer of TRL or transformers that holds one. A
+            trainer brings its own data: what it trains on (SFT), prompt and chosen (DPO), prompts (GRPO).
+        dataloader: batches as the model takes them, any iterable (for several passes over the data one that can be
+            read anew); with a trainer, in place of its data.
+        calibration_dataset: with a trainer, rows in TRL's formats in place of its training set.
+        statistics: gathered before (`llmreg.calibration.calibrate`, `load_statistics`), in place of any data.
+        samples, batch_size: of the rows that are taken from a data set; None: all, the trainer's.
+        max_tokens, memory_budget, exact, sketch, forward, cache: as in `llmreg.calibration.calibrate`.
+        seed: chooses the rows, and draws a sketch's test matrix.
+
+    In a distributed run every process calls this; each reads its share of a trainer's data, and must be given its share
+    as `dataloader`. All get the same start.
+
+    Raises:
+        UnsupportedError: no adapter waits for data; the trainer has its optimizer already.
+        RecipeError, WeightError: what `calibrate` and the methods refuse: no data, no token that counts, a layer never
+            reached, inputs that are not finite, statistics of another model.
+    """
+    started = time.perf_counter()
+    trainer = model_or_trainer if hasattr(model_or_trainer, "train_dataset") else None
+    model = model_or_trainer if trainer is None else trainer.accelerator.unwrap_model(trainer.model)
+    tuner = _tuner(model)
+    names = waiting_adapters(tuner.model)
+    if not names:
+        raise _nothing_to_do(model)
+    if trainer is None and calibration_dataset is not None:
+        raise RecipeError("calibration_dataset needs a trainer, which tokenizes it; pass a dataloader with a model.")
+    if trainer is not None:
+        _check_trainer(trainer, [tuner.peft_config[name] for name in names])
+    calibrations: list[Statistics] = []
+    ranks: dict[str, dict[str, int]] = {}
+    for name in names:
+        config: DataConfig = tuner.peft_config[name]
+        if ranks:  # a reference copy takes the start of the adapter that it copies
+            start_from_data(tuner, name)
+            if not waiting_layers(tuner.model, name):
+                ranks[name] = {
+                    layer: module.r[name] for layer, module in tuner.model.named_modules() if _has(module, name)
+                }
+                continue
+        gathered = [statistics] if isinstance(statistics, Statistics) else list(statistics or ())
+        if not gathered:
+            data = dataloader
+            if data is None:
+                data = _rows(trainer, config, calibration_dataset, samples, batch_size, seed)
+            options = {
+                "max_tokens": max_tokens,
+                "memory_budget": memory_budget,
+                "exact": exact,
+                "sketch": sketch,
+                "forward": forward,
+                "cache": cache,
+                "seed": seed,
+            }
+            gathered = _gather(model, tuner, name, config, data, options)
+            calibrations += gathered
+        ranks[name] = start_from_statistics(tuner, name, gathered)
+    report = InitializationReport(
+        adapters={name: tuner.peft_config[name].method for name in names},
+        ranks=ranks,
+        calibration=tuple(one.describe() for one in calibrations),
+        seconds=time.perf_counter() - started,
+        calibration_seconds=sum(one.report.seconds for one in calibrations),
+    )
+    logger.info("%s initialized in %.1f s", ", ".join(names), report.seconds)
+    return report
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    return name in getattr(module, "lora_A", ())
+
+
+def _gather(
+    model: Any, tuner: Any, name: str, config: DataConfig, data: Iterable[Any], options: dict[str, Any]
+) -> list[Statistics]:
+    """The statistics that `config` needs, one for each sub-set of the data, on the base as it is without adapters."""
+    layers = waiting_layers(tuner.model, name)
+    rule = config.stopping_rule({layer: module.r[name] for layer, module in layers.items()})
+    parts: list[Iterable[Any]] = [data]
+    if config.candidates() > 1:
+        batches = list(data)
+        if len(batches) < config.candidates():
+            raise RecipeError(
+                f"covariances={config.candidates()} sub-sets cannot be made of {len(batches)} batches; give more data, "
+                "smaller batches, or covariances=1."
+            )
+        parts = [batches[first :: config.candidates()] for first in range(config.candidates())]
+        options = {**options, "cache": None}
+    distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    with _bare(model):
+        return [
+            calibrate(tuner.model, part, layers, config.need(), until=rule, distributed=distributed, **options)
+            for part in parts
+        ]
+
+
+def _rows(
+    trainer: Any, config: DataConfig, dataset: Any, samples: int | None, batch_size: int | None, seed: int
+) -> list[Any]:
+    if trainer is None:
+        raise RecipeError(
+            f"{config.method} starts from data: call llmreg.initialize(model, dataloader), with batches as the model "
+            "takes them."
+        )
+    if dataset is None and isinstance(config, CordaConfig) and config.mode == "kpm":
+        warnings.warn(
+            "CorDA's knowledge-preserved mode keeps what its calibration data shows, and is given the training data "
+            "here; pass calibration_dataset= with what is to be kept.",
+            LlmregWarning,
+            stacklevel=4,
+        )
+    batches = batches_of_trainer(trainer, dataset, samples=samples, batch_size=batch_size, seed=seed)
+    if not batches:
+        raise RecipeError("the calibration data is empty: there was not one row")
+    return batches
+
+
+@contextmanager
+def _bare(model: Any) -> Iterator[None]:
+    """The base without adapters; flags that PEFT sets when it switches them on again come back."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    with model.disable_adapter():
+        yield
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
+
+
+def _tuner(model: Any) -> Any:
+    tuner = getattr(model, "base_model", None)
+    if not hasattr(model, "peft_config") or not hasattr(tuner, "targeted_module_names"):
+        raise UnsupportedError(
+            f"llmreg.initialize starts an adapter on a model, and {type(model).__name__} has none; wrap it first: "
+            "peft.get_peft_model(model, llmreg.EvaConfig(...)), or pass the trainer that was given peft_config=."
+        )
+    return tuner
+
+
+def _check_trainer(trainer: Any, configs: Sequence[DataConfig]) -> None:
+    if trainer.optimizer is not None and any(config.redistributes() for config in configs):
+        raise UnsupportedError(
+            "ranks are chosen from the data, and the trainer has its optimizer already; call "
+            "llmreg.initialize(trainer) before train(), and let the trainer make the optimizer."
+        )
+
+
+def _nothing_to_do(model: Any) -> UnsupportedError:
+    for name, config in model.peft_config.items():
+        if isinstance(config, DataConfig):
+            return UnsupportedError(
+                f"The adapter {name!r} ({config.method}) has its start already; make a new adapter to start on other "
+                "data."
+            )
+        own = getattr(config, "init_lora_weights", None)
+        if own in ("eva", "corda"):
+            function = {"eva": "peft.initialize_lora_eva_weights", "corda": "peft.tuners.lora.corda.preprocess_corda"}
+            theirs = {"eva": "llmreg.EvaConfig", "corda": "llmreg.CordaConfig"}
+            return UnsupportedError(
+                f"The adapter {name!r} is PEFT's own (init_lora_weights={own!r}) and is started by {function[own]}; "
+                f"for llmreg's, wrap the model with {theirs[own]}(...) instead of LoraConfig."
+            )
+    return UnsupportedError(
+        "No adapter of this model starts from data; llmreg.initialize is for EvaConfig, CordaConfig and EoraConfig."
+    )
