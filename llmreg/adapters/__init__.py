@@ -9,12 +9,14 @@ from .config import AdditiveConfig
 from .data_configs import CordaConfig, EoraConfig, EvaConfig
 from .layer import AdditiveLayer
 from .model import AdditiveModel
+from .peft_namesakes import explain_namesakes
 from .registry import ADDITIVE, BONE, SVFIT_TINY, register
 from .svd_configs import PissaConfig, SorsaConfig, SvfitConfig
 
 for _kind in (ADDITIVE, SVFIT_TINY):
     register(_kind, AdditiveConfig, AdditiveModel, "lora_")
 register(BONE, BoneConfig, BoneModel, "bone_")
+explain_namesakes()
 
 __all__ = [
     "ADDITIVE",

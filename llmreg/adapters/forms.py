@@ -261,7 +261,7 @@ class Product(Difference):
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         module.check_trainable(active_adapter)
-        A, B = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
+        A, B, *_ = module.factors(active_adapter).values()
         hidden = F.linear(module.lora_dropout[active_adapter](x), A)
         return result + F.linear(hidden, B) * module.scaling[active_adapter]
 
