@@ -26,6 +26,7 @@ from ..adapters.start import is_distributed
 from ..calibration import CalibrationCache, Statistics, calibrate
 from ..calibration.passes import Forward
 from ..errors import LlmregWarning, RecipeError, UnsupportedError
+from ..weights import gathering_forwards
 from .calibration_data import batches_of_trainer
 
 __all__ = ["InitializationReport", "initialize"]
@@ -183,7 +184,7 @@ class _Work:
         parts, options = [data], self.options
         if config.candidates() > 1:  # their cache entries would all have the key of the whole
             parts, options = _subsets(data, config.candidates()), {**options, "cache": None}
-        with _bare(self.model):
+        with _bare(self.model), gathering_forwards(self.model):
             found = [
                 calibrate(
                     self.tuner.model, part, layers, config.need(), until=rule, distributed=is_distributed(), **options
