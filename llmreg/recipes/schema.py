@@ -118,7 +118,7 @@ class Calibration(_Section):
     @field_validator("memory_budget", mode="before")
     @classmethod
     def _size(cls, value: Any) -> Any:
-        size = parse_size(value) if isinstance(value, str) else value
+        size: Any = parse_size(value) if isinstance(value, str) else value
         if value is None or (_is_whole(size) and size >= 1):
             return value
         raise PydanticCustomError("size", "Input should be bytes or a size with a unit, such as 2GB")
