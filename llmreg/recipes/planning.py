@@ -12,7 +12,14 @@ from typing import Any
 from ..errors import LlmregError, RecipeError
 from ..methods import Method, get_method
 from ..quiet import quiet
-from .conflicts import check_adapter, check_environment, check_output, check_sources, check_training
+from .conflicts import (
+    check_adapter,
+    check_calibration,
+    check_environment,
+    check_output,
+    check_sources,
+    check_training,
+)
 from .fields import check_fields
 from .schema import Recipe
 from .tasks import TASKS, TaskKind, config_class
@@ -81,6 +88,7 @@ def plan(recipe: Recipe, *, new_output: bool = True) -> Plan:
         method = _method(recipe)
         adapter = _adapter(recipe, method)
         training = _training(recipe)
+        check_calibration(recipe, method, adapter)
         exported_rank = check_adapter(recipe, method, adapter)
         check_training(recipe, training)
         check_environment(recipe, training)
