@@ -67,6 +67,49 @@ def bench_init() -> list[str]:
     return rows
 
 
+def bench_calibration() -> list[str]:
+    """Starts from data against PEFT, calibration over bare passes, and what quantisation loses."""
+    sections = {name: section["result"] for name, section in read("bench_calibration").items()}
+    corda, eva, passes = (sections[name] for name in ("corda", "eva", "passes"))
+    rows = ["| Llama, hidden 1024, 8 layers, 16 x 256 tokens | peer | exact | sketched |", "|---|---:|---:|---:|"]
+    for figure, label, unit in (
+        ("seconds", "CorDA of all linears, from data to factors, against PEFT", "s"),
+        ("decomposition", "the decomposition alone", "s"),
+        ("extra_mib", "extra memory", "MiB"),
+    ):
+        peft, cells = corda[figure]["peft"], [corda[figure][form] for form in ("exact", "sketch")]
+        ours = " | ".join(f"{cell:.{0 if cell > 50 else 1}f} {unit}, {peft / cell:.1f}x less" for cell in cells)
+        rows.append(f"| {label} | {peft:.0f} {unit} | {ours} |")
+    peft = eva["peft"]
+    stopped = f"{peft['seconds']:.0f} s" + ("" if peft["converged"] else ", not converged")
+    cells = [eva["seconds"][form] for form in ("exact", "sketch")]
+    ours = " | ".join(f"{cell:.1f} s, {peft['seconds'] / cell:.1f}x less" for cell in cells)
+    rows.append(f"| EVA of all linears, against PEFT | {stopped} | {ours} |")
+    held = " | ".join(f"{eva['captured'][form]['least']:.4f}" for form in ("exact", "sketch"))
+    rows.append(f"| variance its components hold, of the most possible, least of all layers | | {held} |")
+    for method, label in (("corda", "CorDA"), ("eva", "EVA")):
+        ours = " | ".join(f"{passes['ratio'][f'{method} {form}']:.2f}x the time" for form in ("exact", "sketch"))
+        rows.append(f"| calibration for {label}, against bare passes | {passes['seconds']['bare']:.1f} s | {ours} |")
+    return [*rows, "", *_quantized(sections["quantization"], sections["eora"])]
+
+
+def _quantized(quantization: dict[str, Any], eora: dict[str, Any]) -> list[str]:
+    methods = list(quantization["pocket"]["mean"])
+    rows = [
+        f"| NF4, error over QLoRA's, mean of all layers | {' | '.join(methods)} |",
+        "|---|" + "---:|" * len(methods),
+    ]
+    for name, result in quantization.items():
+        for norm in ("frobenius", "nuclear"):
+            cells = " | ".join(f"{result['mean'][method][norm]:.3f}" for method in methods)
+            rows.append(f"| {name}, r {result['rank']}, {norm} norm | {cells} |")
+    rows += ["", "| NF4, relative output error on held-out text | none | SVD | EoRA |", "|---|---:|---:|---:|"]
+    for name, result in eora.items():
+        cells = " | ".join(f"{result['mean'][kind]:.4f}" for kind in ("none", "svd", "eora"))
+        rows.append(f"| {name}, r {result['rank']}, mean of {len(result['layers'])} layers | {cells} |")
+    return rows
+
+
 def sweep() -> list[str]:
     """Every recipe at the best of the rates that were tried: means over the seeds, on both worlds."""
     rows: list[str] = []
@@ -181,6 +224,7 @@ def main() -> None:
     text = fill(text, "sweep", sweep())
     text = fill(text, "conditioning", conditioning())
     text = fill(text, "bench_adapters", bench_adapters())
+    text = fill(text, "bench_calibration", bench_calibration())
     write_text(readme, fill(text, "bench_init", bench_init()))
     if len(sys.argv) > 1:
         picture(json.loads(Path(sys.argv[1]).read_text()), ROOT / "docs" / "quickstart.png")
