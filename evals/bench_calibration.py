@@ -323,7 +323,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=[name for name in SECTIONS if name != "gpu"])
     parser.add_argument("--repeats", type=int, default=REPEATS)
-    parser.add_argument("--peft-seconds", type=float, default=420, help="that PEFT's EVA is given")
+    parser.add_argument("--peft-seconds", type=float, default=480, help="that PEFT's EVA is given")
     parser.add_argument("--samples", type=int, default=32, help="calibration batches of the gpu section")
     parser.add_argument("--tiny", action="store_true", help="a small shape in the gpu section, also on a CPU")
     parser.add_argument("--output", type=Path, default=RESULT)
