@@ -7,7 +7,8 @@ the batches, and the settings; so a second run, a resumed one, or one after `llm
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from ..adapters.start_cache import default_limit
 from ..adapters.start_key import fast_digest
 from ..calibration import CalibrationCache
+from ..errors import RecipeError
 from ..quiet import quiet
 from ..trainers import InitializationReport, initialize
 from ..trainers.calibration_data import batches_of_rows, batches_of_trainer, choose_rows
@@ -61,7 +63,7 @@ def start_on_data(settled: Plan, trainer: Any, tokenizer: Any, folder: Path | No
     batches = _batches(recipe, settings, trainer, tokenizer)
     folder = folder or calibration_folder()
     cache = CalibrationCache(folder, _base(recipe, settings, trainer.model), _fingerprint(batches))
-    with located(recipe, "calibration"), quiet():
+    with _located(recipe), quiet():
         report = initialize(
             trainer,
             batches,
@@ -74,6 +76,16 @@ def start_on_data(settled: Plan, trainer: Any, tokenizer: Any, folder: Path | No
         )
     _make_room(folder)
     return _in_short(settled, settings, report)
+
+
+@contextmanager
+def _located(recipe: Recipe) -> Iterator[None]:
+    """Refusals of this context get the place of what they are about."""
+    try:
+        yield
+    except RecipeError as error:
+        about = ("memory_budget",) if "memory budget" in str(error) else ()
+        raise recipe.error(("calibration", *about), str(error)) from None
 
 
 def _batches(recipe: Recipe, settings: Calibration, trainer: Any, tokenizer: Any) -> list[Any]:
