@@ -79,6 +79,7 @@ def with_adapter(model: nn.Module, adapter_config: Any) -> Any:
     adapted = get_peft_model(copy.deepcopy(model), copy.deepcopy(adapter_config), low_cpu_mem_usage=True)
     for layer in _additive_layers(adapted):
         layer.set_regularized("default", True)  # as a run does; its memory is a few r x r matrices
+        layer.waiting.discard("default")  # data would give it values, which nothing has here
     return adapted
 
 
