@@ -173,8 +173,8 @@ _ROWS = (
         when="kpm: what the base knows must be kept while a task is learned, and there is data that shows it. ipm: as "
         "PiSSA, where inputs use few directions of a weight.",
         when_not="Data to calibrate on is missing or unlike what is meant. With the paper's factors (balance: false) "
-        "kpm wants a far smaller rate than LoRA: A holds the inverse of the inputs' moment, so what calibration did not "
-        "show moves much; balance: true takes LoRA's rates.",
+        "kpm wants a far smaller rate than LoRA: A holds the inverse of the inputs' moment, so what calibration did "
+        "not show moves much; balance: true takes LoRA's rates.",
         cost="Forwards over the calibration rows and for each distinct layer input a matrix of in x in float32 (a "
         "sketch within calibration.memory_budget), then one decomposition a layer; memory and step as PiSSA. The saved "
         "LoRA has rank 2r unless exported with a rank. CorDA++'s covariances and dynamic_ranks are from a secondary "
