@@ -5,7 +5,8 @@
 | `Difference` (PiSSA) | `A`, `B` | `A0`, `B0` | `s (B A - B0 A0) x` | 2r |
 | `ScaledDifference` (SORSA) | `A`, `S`, `B` | `A0`, `S0`, `B0` | `s (B diag(S) A - B0 diag(S0) A0) x` | 2r |
 | `Spectral` (SVFit) | `S`, the change of `S0` | `A0 = V^T`, `B0 = U`, `S0` | `s B0 diag(S) A0 x` | r |
-| `Product` (EoRA) | `A`, `B` | `A0`, `B0` | `s B A x` | r |
+| `Product` (EoRA, QPiSSA) | `A`, `B` | `A0`, `B0` | `s B A x` | r |
+| `ScaledProduct` (SORSA beside a quantised residual) | `A`, `S`, `B` | `A0`, `S0`, `B0` | `s B diag(S) A x` | r |
 | `Projection` (EVA) | `A`, `B`, from zero | `A0` | `s B A x` | r |
 
 A layer keeps each in a container of its own (`lora_A`, `lora_S0`, ...), keyed by adapter, as PEFT does. PEFT calls a
@@ -34,6 +35,7 @@ __all__ = [
     "Product",
     "Projection",
     "ScaledDifference",
+    "ScaledProduct",
     "Spectral",
 ]
 
@@ -254,7 +256,8 @@ class Spectral(Form):
 
 
 class Product(Difference):
-    """A plain LoRA that begins somewhere else: EoRA's makes up for quantisation from the first step on."""
+    """A plain LoRA that begins somewhere else: EoRA's makes up for quantisation from the first step on, QPiSSA's for
+    what the quantised residual lacks."""
 
     starts_at_zero = False
 
@@ -268,6 +271,22 @@ class Product(Difference):
     @classmethod
     def low_rank(cls, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         return tensors["lora_A"], tensors["lora_B"]
+
+
+class ScaledProduct(ScaledDifference):
+    """As `Product`, with the singular values as a third factor."""
+
+    starts_at_zero = False
+
+    @staticmethod
+    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        module.check_trainable(active_adapter)
+        A, B, S = (getattr(module, name)[active_adapter].weight for name in ScaledProduct.trained)
+        return result + F.linear(F.linear(x, A) * S, B) * module.scaling[active_adapter]
+
+    @classmethod
+    def low_rank(cls, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return tensors["lora_A"], tensors["lora_B"] * tensors["lora_S"]
 
 
 class Projection(Product):
@@ -288,11 +307,12 @@ class Projection(Product):
         return Factors(A, A.new_zeros(layer.out_features, len(A)), A.new_empty(0))
 
 
-#: The form of a config, by its `FORM`.
+#: The form of a config, by its `form()`.
 FORMS: dict[str, type[Form]] = {
     "difference": Difference,
     "scaled difference": ScaledDifference,
     "spectral": Spectral,
     "product": Product,
     "projection": Projection,
+    "scaled product": ScaledProduct,
 }

@@ -194,7 +194,7 @@ def write_sidecar(folder: Path, config: AdditiveConfig, factors: dict[str, Tenso
     """Write both sidecar files beside the adapter that lies in `folder` already."""
     contiguous = {key: value.detach().contiguous() for key, value in factors.items()}
     save_file(contiguous, folder / FACTORS_NAME, metadata={"format": "pt"})
-    start = start_hash(factors, FORMS[config.FORM].frozen)
+    start = start_hash(factors, FORMS[config.form()].frozen)
     write_content(folder, config, [SAFETENSORS_WEIGHTS_NAME, FACTORS_NAME], base, start=start)
 
 
