@@ -23,7 +23,7 @@ from .data_configs import DataConfig
 from .data_group import DataGroup, DataLayer
 from .layer import AdditiveLayer
 from .loading import current_statistics
-from .quantized_start import set_residual, share_residual
+from .quantized_start import forget_records, set_residual, share_residual
 from .rollback import unchanged_on_error
 from .start import broadcast_start, decomposing_device, is_distributed
 
@@ -85,6 +85,7 @@ def start_from_statistics(tuner: Any, adapter_name: str, statistics: Sequence[St
     config: DataConfig = tuner.peft_config[adapter_name]
     if not config.quantizes_residual():
         return _start(tuner, adapter_name, config, statistics)
+    forget_records(tuner)
     before = dict(vars(config))
     try:
         with unchanged_on_error(tuner):

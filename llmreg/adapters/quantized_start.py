@@ -39,7 +39,15 @@ from .residual import LayerError, WayBack
 from .start import decomposing_device, is_distributed
 from .start_key import fast_digest
 
-__all__ = ["check_base", "check_layer", "restore_base", "set_residual", "share_residual", "start_residual"]
+__all__ = [
+    "check_base",
+    "check_layer",
+    "forget_records",
+    "restore_base",
+    "set_residual",
+    "share_residual",
+    "start_residual",
+]
 
 #: Dtypes that a checkpoint's weight may have been rounded to before it was quantised.
 _LOADED_AS = (torch.float32, torch.bfloat16, torch.float16)
@@ -109,6 +117,7 @@ def start_residual(tuner: Any, adapter_name: str) -> None:
         )
     if share_residual(tuner, adapter_name, start=True):
         return
+    forget_records(tuner)
     weights = OriginalWeights(tuner.model)
     for name, layer in track(list(layers.items()), f"{config.method}: quantising residuals"):
         W = weights.read(layer.get_base_layer(), name, device=decomposing_device())
@@ -131,6 +140,11 @@ def share_residual(tuner: Any, adapter_name: str, *, start: bool) -> bool:
                     layer.set_start(adapter_name, layer.start(sibling))
             return True
     return False
+
+
+def forget_records(tuner: Any) -> None:
+    """What was recorded of the base for sidecars (`hub.base_records`) is of other weights now."""
+    vars(tuner).pop("_llmreg_base_records", None)
 
 
 def _layers(model: nn.Module, adapter_name: str) -> dict[str, Any]:
@@ -278,7 +292,7 @@ def restore_base(tuner: Any, names: list[str]) -> None:
             LlmregWarning,
             stacklevel=4,
         )
-    vars(tuner).pop("_llmreg_base_records", None)  # they are of the residuals
+    forget_records(tuner)
 
 
 def _put_back(base: Any, weight: nn.Parameter, state: Any) -> None:
