@@ -135,11 +135,6 @@ class AdditiveLayer:
             raise refuse_residual_alone()
         super().enable_adapters(enabled)  # type: ignore[misc]
 
-    def _mixed_batch_forward(self: Any, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
-        if self.residual_error and "__base__" in adapter_names:
-            raise refuse_residual_alone()
-        return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)  # type: ignore[misc]
-
     def factors(self: Any, adapter_name: str) -> dict[str, Tensor]:
         """The factors of an additive adapter by container, trained ones first, in the dtypes that they compute in."""
         form = self.form(adapter_name)

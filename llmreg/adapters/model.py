@@ -162,6 +162,11 @@ class AdditiveModel(TunerCalls, LoraModel):
             raise refuse_residual_alone()
         super().disable_adapter_layers()
 
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        if "__base__" in (kwargs.get("adapter_names") or ()) and has_residual(self.model):
+            raise refuse_residual_alone()
+        return super()._enable_peft_forward_hooks(*args, **kwargs)
+
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
         if has_residual(self.model):
