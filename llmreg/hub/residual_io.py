@@ -89,7 +89,10 @@ def write_residual(model: PeftModel, folder: Path) -> None:
             "from_pretrained(..., quantization_config=...)."
         )
     with _bare(base):
-        base.save_pretrained(folder)
+        try:
+            base.save_pretrained(folder)
+        except NotImplementedError:  # transformers cannot undo how it read a 4-bit checkpoint: under its own names then
+            base.save_pretrained(folder, save_original_format=False)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     write_json(folder / "config.json", {**config, _MARK: _NO_MODEL})
     write_text(folder / "README.md", f"# Quantised residual\n\nThis is {_NO_MODEL}.\n")
