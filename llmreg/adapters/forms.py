@@ -255,6 +255,26 @@ class Spectral(Form):
         return A0, B0 * S  # in the wider of the two dtypes
 
 
+def _follow_original(layer: Any, name: str) -> None:
+    """Let a copy beside one residual (TRL's reference) take the dtype of its original.
+
+    TRL casts what trains, after it was copied. A difference is zero in any dtype; a product is only rounded alike, so
+    that the policy begins as its reference to the last bit, in the same one.
+    """
+    original = layer.residual_copy.get(name)
+    if original is None or original not in layer.lora_A:
+        return
+    for container in layer.form(name).trained:
+        mine, theirs = (getattr(layer, container)[adapter].weight for adapter in (name, original))
+        if mine.dtype != theirs.dtype:
+            mine.data = mine.data.to(theirs.dtype)
+
+
+def _as(x: Tensor, A: Tensor) -> Tensor:
+    """The input in the dtype of the factors, where autocast does not choose one."""
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(A.dtype)
+
+
 class Product(Difference):
     """A plain LoRA that begins somewhere else: EoRA's makes up for quantisation from the first step on, QPiSSA's for
     what the quantised residual lacks."""
@@ -264,9 +284,15 @@ class Product(Difference):
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         module.check_trainable(active_adapter)
+        _follow_original(module, active_adapter)
         A, B = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
-        hidden = F.linear(module.lora_dropout[active_adapter](x), A)
+        hidden = F.linear(module.lora_dropout[active_adapter](_as(x, A)), A)
         return result + F.linear(hidden, B) * module.scaling[active_adapter]
+
+    @classmethod
+    def settle_dtypes(cls, layer: Any, name: str) -> None:
+        _follow_original(layer, name)
+        super().settle_dtypes(layer, name)
 
     @classmethod
     def low_rank(cls, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -281,8 +307,14 @@ class ScaledProduct(ScaledDifference):
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         module.check_trainable(active_adapter)
+        _follow_original(module, active_adapter)
         A, B, S = (getattr(module, name)[active_adapter].weight for name in ScaledProduct.trained)
-        return result + F.linear(F.linear(x, A) * S, B) * module.scaling[active_adapter]
+        return result + F.linear(F.linear(_as(x, A), A) * S, B) * module.scaling[active_adapter]
+
+    @classmethod
+    def settle_dtypes(cls, layer: Any, name: str) -> None:
+        _follow_original(layer, name)
+        super().settle_dtypes(layer, name)
 
     @classmethod
     def low_rank(cls, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

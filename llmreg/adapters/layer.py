@@ -51,6 +51,8 @@ class AdditiveLayer:
             #: Of the adapters for which the base layer holds a quantised residual: how well they make up `W` together.
             self.residual_error: dict[str, LayerError] = {}
             self.way_back: WayBack | None = None
+            #: Of adapters made as copies beside one residual: of which.
+            self.residual_copy: dict[str, str] = {}
 
     def form(self: Any, adapter_name: str) -> type[Form] | None:
         """The form of an additive adapter; None for a plain LoRA, or an adapter that this layer does not carry."""
@@ -123,6 +125,7 @@ class AdditiveLayer:
         self.waiting.discard(adapter_name)
         self.vector_error.pop(adapter_name, None)
         self.residual_error.pop(adapter_name, None)
+        self.residual_copy.pop(adapter_name, None)
 
     def keep_unpacked(self: Any) -> None:
         """Keep bitsandbytes from rearranging 4-bit codes for a CPU, which discards scales that are yet to be saved."""
@@ -284,7 +287,9 @@ def upgrade(layer: Any) -> None:
 def downgrade(layer: Any) -> None:
     """Undo `upgrade` on a layer that holds no additive adapter."""
     added = [name for name in CONTAINERS if name not in LoraLayer.adapter_layer_names]
-    state = "_kept_weight _exact_unmerge _unregularized waiting vector_error residual_error way_back".split()
+    state = (
+        "_kept_weight _exact_unmerge _unregularized waiting vector_error residual_error way_back residual_copy".split()
+    )
     for name in (*added, *state):
         delattr(layer, name)
     layer.__class__ = type(layer).__mro__[2]  # the class that `AdditiveLayer` was mixed into

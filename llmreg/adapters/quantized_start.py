@@ -136,6 +136,7 @@ def share_residual(tuner: Any, adapter_name: str, *, start: bool) -> bool:
         if sibling != adapter_name and layers and all(sibling in layer.residual_error for layer in layers.values()):
             for layer in layers.values():
                 layer.residual_error[adapter_name] = layer.residual_error[sibling]
+                layer.residual_copy[adapter_name] = layer.residual_copy.get(sibling, sibling)
                 if start:
                     layer.set_start(adapter_name, layer.start(sibling))
             return True
