@@ -3,10 +3,13 @@
     python evals/sweep.py                                  everything below; goes on where it stopped
     python evals/sweep.py --recipes quickstart --seeds 0 1 2 --rates 1e-3
     python evals/sweep.py --world 1 --rates best           each at its best rate, on the world of another seed
+    python evals/sweep.py --jobs 14 --cpu --stop-after 540 --results FILE      several at once, on a borrowed machine
+    python evals/sweep.py --merge FILE                     takes over what was run there
     python evals/sweep.py --show                           the tables of what has been run
 
 Each run is `llmreg train RECIPE training.learning_rate=... seed=...` in a process of its own; only the rate and the
-seed differ from the recipe (and what `SWEEPS` says). Writes evals/results/sweep.json after every run.
+seed differ from the recipe (and what `SWEEPS` says). Writes evals/results/sweep.json after every run, which names the
+machine it ran on; runs that name none are of the machine at the end of the file.
 """
 
 from __future__ import annotations
@@ -18,7 +21,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +66,23 @@ SWEEPS = {
         "pocket-bone", (5e-4, 1e-3, 2e-3), ("adapter.variant=bone", "adapter.r=32")
     ),
     "pocket-svfit": Sweep("quickstart", (1e-2, 3e-2, 1e-1), ("adapter.method=svfit", "adapter.r=64")),
+    "pocket-corda": Sweep("pocket-corda", (3e-4, 5e-4, 1e-3, 1.5e-3, 2e-3)),
+    # Below 5e-4 too: A holds the inverse of C, so a small change of B is a large one where calibration saw little.
+    "pocket-corda-kpm": Sweep("pocket-corda-kpm", (5e-5, 2e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)),
+    "pocket-corda-kpm, balanced": Sweep("pocket-corda-kpm", (5e-4, 1e-3, 2e-3, 4e-3), ("adapter.balance=true",)),
+    # What the base was pretrained on: stories and arithmetic beside the facts.
+    "pocket-corda-kpm, of the corpus": Sweep(
+        "pocket-corda-kpm",
+        (5e-5, 2e-4, 5e-4, 1e-3, 2e-3),
+        ("calibration.data=pocket/corpus", "calibration.split=pretraining", "calibration.samples=1024"),
+    ),
+    "pocket-eva": Sweep("pocket-eva", (1e-3, 2e-3, 3e-3, 5e-3)),
+    "pocket-eva, equal ranks": Sweep("pocket-eva", (1e-3, 2e-3, 3e-3, 5e-3), ("adapter.rho=1",)),
+    "pocket-eora": Sweep("pocket-eora", (1e-3, 2e-3, 3e-3)),
+    # LoRA on the same base, from zero.
+    "pocket-eora, lora": Sweep(
+        "pocket-nf4", (1e-3, 2e-3, 3e-3), ("adapter={method: lora, r: 16, lora_alpha: 16, target_modules: all-linear}",)
+    ),
     "pocket-classification": Sweep("pocket-classification", (5e-4, 1e-3, 2e-3)),
     "pocket-classification-lora": Sweep("pocket-classification-lora", (1e-3, 2e-3, 4e-3)),
     "pocket-classification-svfit": Sweep("pocket-classification-svfit", (1e-2, 3e-2, 5e-2, 1e-1)),
@@ -70,6 +94,8 @@ SWEEPS = {
     ),
 }
 SEEDS = (0, 1, 2)
+#: The mean training loss up to these steps is kept: how early a method learns.
+FIRST_STEPS = (50, 100, 200, 500)
 #: Two scores of a run: what should rise, and what should stay.
 SCORES = {
     "sft": ("pocket/word-problems", "pocket/facts"),
@@ -95,18 +121,42 @@ def run(sweep: Sweep, rate: float, seed: int, world: int, threads: int) -> dict[
     scores = {}
     for row in rows:
         name = row["name"] if names.count(row["name"]) == 1 else f"{row['name']} ({row['metric']})"
-        scores[name.replace(f"{folder}/", "pocket/").replace(".jsonl", "")] = {
-            "before": row["before"],
-            "after": row["after"],
-        }
+        scores[_pocket_name(name, folder)] = {"before": row["before"], "after": row["after"]}
     return {
         "scores": scores,
         "train_seconds": report["seconds"]["train"],
         "train_loss": statistics.mean(point["loss"] for point in report["losses"][-10:]),
+        "first_losses": first_losses(report["losses"]),
+        "init_seconds": report["seconds"]["init"],
         "trained": report["trainable_parameters"],
         "condition": conditions,
         "threads": threads,
+        "machine": machine(),
+        **({"calibration": _of_pocket(report["calibration"], folder)} if report.get("calibration") else {}),
     }
+
+
+def _pocket_name(name: str, folder: str) -> str:
+    """The task whose rows of the second world were written into `folder`."""
+    return name.replace(f"{folder}/", "pocket/").replace("-train.jsonl", "").replace(".jsonl", "")
+
+
+def _of_pocket(calibration: dict[str, Any], folder: str) -> dict[str, Any]:
+    return {**calibration, "data": _pocket_name(calibration["data"], folder)}
+
+
+def first_losses(losses: list[dict[str, float]]) -> dict[str, float]:
+    """The mean training loss of the first 50, 100, ... steps; a logged loss is the mean since the one before."""
+    steps = [0.0, *(point["step"] for point in losses)]
+    spans = [
+        (point["loss"], after - before, after) for point, (before, after) in zip(losses, pairwise(steps), strict=True)
+    ]
+    means = {}
+    for limit in FIRST_STEPS:
+        within = [(loss, weight) for loss, weight, step in spans if step <= limit]
+        if any(step == limit for _, _, step in spans):
+            means[str(limit)] = sum(loss * weight for loss, weight in within) / limit
+    return means
 
 
 def condition_numbers(adapter: Path) -> dict[str, float] | None:
@@ -130,7 +180,9 @@ def _second_world(sweep: Sweep, folder: Path) -> list[str]:
     tasks, kept = (
         [rows(name, "test") for name in names] for names in (recipe.evaluation.tasks, recipe.evaluation.forgetting)
     )
+    calibration = recipe.calibration and recipe.calibration.data
     return [
+        *([f"calibration.data={rows(calibration, 'train')}"] if calibration else []),
         f"model.name={SECOND_WORLD}",
         f"data.train={rows(recipe.data.train, 'train')}",
         f"evaluation.tasks={json.dumps(tasks)}",
@@ -146,20 +198,28 @@ def settings(sweep: Sweep) -> dict[str, Any]:
     """What every run of this recipe shares; runs of another state of the recipe do not count."""
     loaded = load_recipe(ROOT / "recipes" / f"{sweep.recipe}.yaml", sweep.overrides)
     training = {name: value for name, value in loaded.training.items() if name != "learning_rate"}
-    return {"adapter": {"method": loaded.adapter.method, **loaded.adapter.settings}, "training": training}
+    shared = {"adapter": {"method": loaded.adapter.method, **loaded.adapter.settings}, "training": training}
+    if loaded.calibration:
+        shared["calibration"] = loaded.calibration.model_dump(exclude_none=True)
+    if loaded.model.quantization:
+        shared["quantization"] = loaded.model.quantization
+    return shared
 
 
 def summaries(entry: dict[str, Any], world: int = 0) -> dict[float, dict[str, Any]]:
-    """By learning rate: the number of runs, and of both scores the mean and every seed's."""
+    """By learning rate: the number of runs, of both scores the mean and every seed's, and the mean early losses."""
     by_rate: dict[float, list[dict[str, Any]]] = {}
     for name, done in sorted(entry["runs"].items()):
         if (" world=1" in name) == bool(world):
-            by_rate.setdefault(float(name.split(" lr=")[1].split()[0]), []).append(done["scores"])
+            by_rate.setdefault(float(name.split(" lr=")[1].split()[0]), []).append(done)
     rows = {}
     for rate, runs in sorted(by_rate.items()):
-        wanted = next(names for names in SCORES.values() if names[0] in runs[0])
-        values = [[scores[name]["after"] for scores in runs] for name in wanted]
-        rows[rate] = {"runs": len(runs), "means": [statistics.mean(column) for column in values], "each": values}
+        wanted = next(names for names in SCORES.values() if names[0] in runs[0]["scores"])
+        values = [[done["scores"][name]["after"] for done in runs] for name in wanted]
+        early = [done["first_losses"] for done in runs if done.get("first_losses")]  # runs before 2026-11-27 have none
+        first = {step: statistics.mean(one[step] for one in early) for step in early[0]} if early else {}
+        means = [statistics.mean(column) for column in values]
+        rows[rate] = {"runs": len(runs), "means": means, "each": values, "first_losses": first}
     return rows
 
 
@@ -177,11 +237,67 @@ def show(results: dict[str, Any]) -> None:
                 cells = [f"{rate:.1e}", str(row["runs"])]
                 for mean, each in zip(row["means"], row["each"], strict=True):
                     cells += [f"{mean:.1%}", " ".join(f"{score:.1%}" for score in each)]
-                rows.append(cells)
+                early = (row["first_losses"].get(step) for step in ("50", "100", "200"))
+                rows.append([*cells, " ".join("-" if loss is None else f"{loss:.2f}" for loss in early)])
             if rows:
                 columns = ["learning rate", "runs", "task", "each seed", "kept (or accuracy)", "each seed"]
+                columns.append("loss of first 50, 100, 200")
                 steps = entry["settings"]["training"]["max_steps"]
                 print_table(f"{name}: after {steps} steps{', second world' if world else ''}", columns, rows)
+
+
+# -- many runs --------------------------------------------------------------------------------------------------
+
+
+def planned(names: list[str], seeds: list[int], rates: list[str] | None, world: int, file: Path) -> Iterator[tuple]:
+    """(name, rate, seed) of what has not been run, seed by seed, so that an early end leaves whole seeds."""
+    entries = _results(file)["recipes"]
+    for seed in seeds:
+        for name in names:
+            entry = entries.get(name, {})
+            done = entry.get("runs", {}) if entry.get("settings") == settings(SWEEPS[name]) else {}
+            chosen = rates or SWEEPS[name].rates
+            for rate in [float(rate) for rate in chosen if rate != "best"] or [best_rate(entries[name])]:
+                if key(name, rate, seed, world) not in done:
+                    yield name, rate, seed
+
+
+def keep(file: Path, name: str, shared: dict[str, Any], runs: dict[str, Any]) -> None:
+    """Add runs of one recipe; the file is read anew, since another process may have written meanwhile."""
+    results = _results(file)
+    entry = results["recipes"].get(name)
+    if entry is None or entry["settings"] != shared:
+        entry = results["recipes"][name] = {"settings": shared, "runs": {}}
+    entry["runs"].update(runs)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, {**machine(), **results})  # runs without a machine of their own are of the first one
+
+
+def run_all(arguments: argparse.Namespace) -> int:
+    """Run what is missing, several at once; returns how many failed. Only this process writes the results."""
+    file, deadline = arguments.results, time.monotonic() + (arguments.stop_after or float("inf"))
+    threads = arguments.threads or max(1, (os.cpu_count() or 1) // arguments.jobs)
+
+    def one(name: str, rate: float, seed: int) -> dict[str, Any] | None:
+        return None if time.monotonic() > deadline else run(SWEEPS[name], rate, seed, arguments.world, threads)
+
+    failed = 0
+    todo = planned(arguments.recipes, arguments.seeds, arguments.rates, arguments.world, file)
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        started = {pool.submit(one, *task): task for task in todo}
+        for future in as_completed(started):
+            name, rate, seed = started[future]
+            label = key(name, rate, seed, arguments.world)
+            try:
+                done = future.result()
+            except LlmregError as error:
+                failed += 1
+                print(f"{label} failed: {error}", file=sys.stderr, flush=True)
+                continue
+            if done is not None:
+                keep(file, name, settings(SWEEPS[name]), {label: done})
+                print(label, {task: score["after"] for task, score in done["scores"].items()}, flush=True)
+    return failed
 
 
 def main() -> None:
@@ -190,36 +306,31 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--rates", nargs="+", help="some of the rates only, or: best")
     parser.add_argument("--world", type=int, choices=(0, 1), default=0)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, each a process of its own")
+    parser.add_argument("--threads", type=int, help="of each run; by default the cores shared by the jobs")
+    parser.add_argument("--cpu", action="store_true", help="hide the GPU from the runs")
+    parser.add_argument("--stop-after", type=float, metavar="SECONDS", help="begin no run later than this")
+    parser.add_argument("--results", type=Path, default=RESULT, help="read and written")
+    parser.add_argument("--merge", type=Path, metavar="FILE", help="add the runs of another results file, and end")
     parser.add_argument("--show", action="store_true")
     arguments = parser.parse_args()
-    if arguments.show:
-        show(_results())
-        return
-    for name in arguments.recipes:
-        sweep, shared = SWEEPS[name], settings(SWEEPS[name])
-        entry = _results()["recipes"].get(name)
-        if entry is None or entry["settings"] != shared:
-            entry = {"settings": shared, "runs": {}}
-        rates = [float(rate) for rate in arguments.rates or sweep.rates if rate != "best"] or [best_rate(entry)]
-        for seed in arguments.seeds:
-            for rate in rates:
-                label = key(name, rate, seed, arguments.world)
-                if label not in entry["runs"]:
-                    entry["runs"][label] = run(sweep, rate, seed, arguments.world, arguments.threads)
-                    results = _results()  # read anew: another process may have written meanwhile
-                    results["recipes"][name] = entry
-                    write_json(RESULT, {**results, **machine()})
-                    print(
-                        label,
-                        {task: score["after"] for task, score in entry["runs"][label]["scores"].items()},
-                        flush=True,
-                    )
-    show(_results())
+    if arguments.cpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    failed = 0
+    if arguments.merge:
+        for name, entry in _results(arguments.merge)["recipes"].items():
+            if name in SWEEPS and entry["settings"] == settings(SWEEPS[name]):
+                keep(arguments.results, name, entry["settings"], entry["runs"])
+            else:
+                print(f"{name}: left out, run under another state of the recipe", file=sys.stderr)
+    elif not arguments.show:
+        failed = run_all(arguments)
+    show(_results(arguments.results))
+    sys.exit(1 if failed else 0)
 
 
-def _results() -> dict[str, Any]:
-    return json.loads(RESULT.read_text()) if RESULT.is_file() else {"recipes": {}}
+def _results(file: Path = RESULT) -> dict[str, Any]:
+    return json.loads(file.read_text()) if file.is_file() else {"recipes": {}}
 
 
 if __name__ == "__main__":

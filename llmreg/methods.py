@@ -35,7 +35,8 @@ class Method:
 
     Attributes:
         name: as recipes and `llmreg methods NAME` write it. title: the name in prose.
-        kind: "lora" (plain PEFT), "additive" (a low-rank term, zero at the start, over an untouched base), or "bone".
+        kind: "lora" (plain PEFT), "additive" (a low-rank term over an untouched base, zero at the start but for
+            EoRA's), or "bone".
         config: import path of the config class, "module:Class".
         paper: what to read and cite.
         what, when, when_not: one sentence each.
@@ -81,6 +82,10 @@ class Method:
     def form_of(self, config: Any) -> str:
         """What an adapter of this config is saved as."""
         return self.other_forms.get(getattr(config, "storage", ""), self.saved_form)
+
+    def takes_data(self) -> bool:
+        """Whether the start is made from calibration data, so that a recipe may have a `calibration` section."""
+        return bool(getattr(self.config_class(), "NEEDS_DATA", False))
 
     def as_dict(self) -> dict[str, Any]:
         """The row as plain values, for JSON."""
@@ -151,6 +156,85 @@ _ROWS = (
         defaults={"r": 64, "lora_alpha": "r", "svd": "randomized", "storage": "lora"},
         recipe="recipes/pocket-classification-svfit.yaml",
         other_forms={"tiny": "SVFit values"},
+    ),
+    Method(
+        name="corda",
+        title="CorDA",
+        kind="additive",
+        config="llmreg.adapters:CordaConfig",
+        paper=Paper(
+            "CorDA: Context-Oriented Decomposition Adaptation of Large Language Models for Task-Aware "
+            "Parameter-Efficient Fine-tuning",
+            "2406.05223",
+            "3",
+        ),
+        what="PiSSA with each weight seen through its inputs on calibration data: trains the components that matter "
+        "most there (mode: ipm) or least (mode: kpm).",
+        when="kpm: what the base knows must be kept while a task is learned, and there is data that shows it. ipm: as "
+        "PiSSA, where inputs use few directions of a weight.",
+        when_not="Data to calibrate on is missing or unlike what is meant; or the learning rate was tuned for another "
+        "mode: kpm's factors are small and want a larger one, ipm's want one like PiSSA's.",
+        cost="Forwards over the calibration rows and for each distinct layer input a matrix of in x in float32 (a "
+        "sketch within calibration.memory_budget), then one decomposition a layer; memory and step as PiSSA. The saved "
+        "LoRA has rank 2r unless exported with a rank. CorDA++'s covariances and dynamic_ranks are from a secondary "
+        "source, and take full spectra.",
+        defaults={
+            "lora_alpha": "r",
+            "mode": "ipm",
+            "damping": 0.01,
+            "power": 1.0,
+            "sample_scale": "signed_max",
+            "covariances": 1,
+            "dynamic_ranks": False,
+            "svd": "randomized",
+        },
+        needs=("calibration data (the training data unless calibration.data says otherwise; kpm must say)",),
+        recipe="recipes/pocket-corda.yaml",
+        saved_rank=2,
+    ),
+    Method(
+        name="eva",
+        title="EVA",
+        kind="additive",
+        config="llmreg.adapters:EvaConfig",
+        paper=Paper("Parameter Efficient Fine-tuning via Explained Variance Adaptation", "2410.07170", "3"),
+        what="A LoRA whose A starts at the principal components of each layer's inputs on the training data and B at "
+        "zero; ranks go to the layers whose inputs need them (rho).",
+        when="You want LoRA's form and rates with a start that fits the data, or ranks that differ by layer within one "
+        "budget; it works on any quantised base.",
+        when_not="Every layer must have one rank, as vLLM wants without output.rank (write rho: 1); or there is no "
+        "data before training.",
+        cost="Forwards over the calibration rows and for each distinct layer input a matrix of in x in float32 (a "
+        "sketch within calibration.memory_budget) with its leading eigenvectors. In training nothing beyond LoRA but "
+        "A0 held beside A.",
+        defaults={"lora_alpha": "r", "rho": 2.0, "centered": True, "whiten": False, "tau": None, "lora_dropout": 0.0},
+        needs=("calibration data (the training data unless calibration.data says otherwise)",),
+        recipe="recipes/pocket-eva.yaml",
+    ),
+    Method(
+        name="eora",
+        title="EoRA",
+        kind="additive",
+        config="llmreg.adapters:EoraConfig",
+        paper=Paper(
+            "EoRA: Training-free Compensation for Compressed LLM with Eigenspace Low-Rank Approximation",
+            "2410.21271",
+            "3",
+        ),
+        what="Starts at the rank-r correction of a quantised base's error that is best on its layers' inputs, and "
+        "trains from there; so it does not start at zero.",
+        when="The base is NF4 or int8 and the quantisation's loss should be made up for first.",
+        when_not="The base is not quantised; a disabled adapter serves as reference (DPO), since that is the quantised "
+        "base and not where training starts; or the full-precision checkpoint is not at hand.",
+        cost="Forwards over the calibration rows and for each distinct layer input a matrix of in x in, then each "
+        "layer read once more in full precision and decomposed, in float64; memory and step as LoRA of the same rank.",
+        defaults={"r": 128, "lora_alpha": "r", "ridge": 1e-6, "svd": "randomized"},
+        needs=(
+            "calibration data (the training data unless calibration.data says otherwise)",
+            "a quantised base, model.quantization (pip install 'llmreg[quant]')",
+            "the base's full-precision checkpoint",
+        ),
+        recipe="recipes/pocket-eora.yaml",
     ),
     Method(
         name="lora",

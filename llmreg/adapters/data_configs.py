@@ -46,6 +46,17 @@ class DataConfig(AdditiveConfig):
     #: Whether the factors depend on the adapter's scaling.
     STARTS_WITH_SCALING: ClassVar[bool] = True
 
+    #: Names that PEFT's own config of the method has for a setting -> what to write here.
+    PEFTS_NAMES: ClassVar[dict[str, str]] = {}
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        for name in kwargs.keys() & cls.PEFTS_NAMES.keys():
+            raise UnsupportedError(
+                f"{name} is a setting of PEFT's own {cls.__name__}; llmreg.{cls.__name__} takes "
+                f"{cls.PEFTS_NAMES[name]}."
+            )
+        return super().__new__(cls, *args, **kwargs)
+
     def redistributes(self) -> bool:
         """Whether the start chooses ranks."""
         return False
@@ -129,6 +140,12 @@ class CordaConfig(ResidualConfig, DataConfig):
     dynamic_ranks: bool = field(default=False, metadata={"help": "CorDA++: allocate ranks by compactness"})
 
     METHOD: ClassVar[str] = "corda"
+    PEFTS_NAMES: ClassVar[dict[str, str]] = {
+        "corda_method": "mode='ipm' or mode='kpm'",
+        "cache_file": "its statistics through llmreg.initialize(..., cache=...)",
+        "covariance_file": "its statistics through llmreg.initialize(..., statistics=...)",
+        "use_float16_for_covariance": "sums in float32, or a sketch: llmreg.initialize(..., sketch=...)",
+    }
 
     def redistributes(self) -> bool:
         return self.dynamic_ranks
@@ -239,6 +256,10 @@ class EvaConfig(DataConfig):
     FORM: ClassVar[str] = "projection"
     STARTS_WITH_SCALING: ClassVar[bool] = False
     SAVED_RANK: ClassVar[int] = 1
+    PEFTS_NAMES: ClassVar[dict[str, str]] = {
+        "adjust_scaling_factors": "adjust_scaling",
+        "label_mask_value": "use_label_mask alone: tokens of label -100 do not count",
+    }
     ALSO_SUPPORTED: ClassVar[frozenset[str]] = frozenset({"lora_dropout"})
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ from ..calibration import InputStatistics, Statistics
 from ..errors import RecipeError, UnsupportedError, WeightError
 from ..initializers import Factors
 from ..progress import track
-from ..weights import OriginalWeights, gathered, read_weight, storage_of
+from ..weights import OriginalWeights, check_finite, gathered, read_weight, storage_of
 from .config import only
 from .data_configs import DataConfig
 from .data_group import DataGroup, DataLayer
@@ -166,6 +166,7 @@ def _copy_start(tuner: Any, adapter_name: str, sibling: str) -> None:
         _set_ranks(tuner, adapter_name, config, layers, ranks)
     for layer in shared.values():
         if layer.scaling[sibling] == layer.scaling[adapter_name] or not config.STARTS_WITH_SCALING:
+            layer.take_dtypes(adapter_name, sibling)
             layer.set_start(adapter_name, layer.start(sibling))
     if config.quantizes_residual():
         share_residual(tuner, adapter_name, start=False)
@@ -291,6 +292,8 @@ def _set_starts(
         try:
             starts: list[Factors] = config.starts(group, survey)
         except (WeightError, UnsupportedError) as error:
+            for layer in group.layers if isinstance(error, WeightError) else ():  # most often NaN or Inf
+                check_finite(layer.weight(), layer.name)
             raise type(error)(f"{_named(group)}: {error}") from error
     for layer, start in zip(group.layers, starts, strict=True):
         layers[layer.name].set_start(adapter_name, start)

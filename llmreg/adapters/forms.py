@@ -284,8 +284,7 @@ class Product(Difference):
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         module.check_trainable(active_adapter)
-        _follow_original(module, active_adapter)
-        A, B = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
+        A, B, *_ = module.factors(active_adapter).values()
         hidden = F.linear(module.lora_dropout[active_adapter](_as(x, A)), A)
         return result + F.linear(hidden, B) * module.scaling[active_adapter]
 
@@ -307,8 +306,7 @@ class ScaledProduct(ScaledDifference):
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         module.check_trainable(active_adapter)
-        _follow_original(module, active_adapter)
-        A, B, S = (getattr(module, name)[active_adapter].weight for name in ScaledProduct.trained)
+        A, B, S, *_ = module.factors(active_adapter).values()
         return result + F.linear(F.linear(_as(x, A), A) * S, B) * module.scaling[active_adapter]
 
     @classmethod

@@ -154,6 +154,11 @@ class AdditiveLayer:
         self.form(adapter_name).set_start(self, adapter_name, start)
         self.waiting.discard(adapter_name)
 
+    def take_dtypes(self: Any, adapter_name: str, sibling: str) -> None:
+        """Keep an adapter's factors as those of a sibling are kept, so that both compute alike to the bit."""
+        for name in self.form(adapter_name).containers():
+            getattr(self, name)[adapter_name].to(getattr(self, name)[sibling].weight.dtype)
+
     @torch.no_grad()
     def wait(self: Any, adapter_name: str) -> None:
         """Let an additive adapter add nothing until it is given its start, and refuse to train it before."""
@@ -161,7 +166,8 @@ class AdditiveLayer:
         self.waiting.add(adapter_name)
 
     def start(self: Any, adapter_name: str) -> Factors:
-        """The start that an additive adapter was given."""
+        """The start that an additive adapter was given, in the dtypes that it computes in."""
+        self.form(adapter_name).settle_dtypes(self, adapter_name)
         return self.form(adapter_name).start(self, adapter_name)
 
     def set_regularized(self: Any, adapter_name: str, regularized: bool) -> None:

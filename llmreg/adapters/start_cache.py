@@ -31,6 +31,7 @@ from torch import Tensor
 
 from ..errors import LlmregWarning, RecipeError
 from ..initializers import Factors
+from ..sizes import parse_size
 from ..weights.digests import cache_file
 from ..weights.hashing import update
 from .start_key import StartKey, fast_digest
@@ -53,7 +54,6 @@ _NAME = re.compile(r"start-[0-9a-f]{64}\.safetensors")
 _TEMPORARY = re.compile(r"\.start-[0-9a-f]{64}\.safetensors\..+")
 _ABANDONED = 3600.0  # seconds after which an unfinished file cannot belong to a living process
 _MOST_HEADER = 1 << 16  # bytes
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 
 
 # -- which cache ------------------------------------------------------------------------------------------------
@@ -170,13 +170,12 @@ def default_limit() -> int:
         RecipeError: the variable is not a size.
     """
     text = os.environ.get("LLMREG_CACHE_LIMIT", "").strip() or "20GB"
-    match = _SIZE.fullmatch(text)
-    if match is None or (match[3] and not match[2]):
+    size = parse_size(text)
+    if size is None:
         raise RecipeError(
             f"LLMREG_CACHE_LIMIT is {text!r}, which is not a size; write bytes or a unit, such as 5368709120 or 5GB."
         )
-    number, unit, binary = match.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit.lower() or " "))
+    return size
 
 
 # -- one entry --------------------------------------------------------------------------------------------------

@@ -37,6 +37,9 @@ class Report:
         recipe: None, or the whole recipe as YAML.
         classes: of a classification, in the order of their numbers, else None.
         vectors: None, or of SVFit's frozen vectors {"dtype", "error"}: the largest relative error of a layer's.
+        calibration: None, or of a method that starts from data {"data", "tokens", "batches", "passes", "inputs",
+            "exact", "sketched", "reason", "cached", "seconds", "ranks"}: how many distinct layer inputs were summed
+            exactly and how many sketched, why, whether from the cache, and the ranks that were chosen, by layer.
         changed_on_resume: None for a run in one piece; else what differs from the recipe of its checkpoint.
     """
 
@@ -67,6 +70,7 @@ class Report:
     changed_on_resume: tuple[str, ...] | None = None
     form: str = "plain LoRA"
     vectors: dict[str, Any] | None = None
+    calibration: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain values."""

@@ -16,10 +16,12 @@ from .tasks import TASKS
 __all__ = [
     "VLLM_RANKS",
     "check_adapter",
+    "check_calibration",
     "check_environment",
     "check_output",
     "check_sources",
     "check_training",
+    "chooses_ranks",
     "largest_rank",
     "served_rank",
 ]
@@ -67,17 +69,22 @@ def check_adapter(recipe: Recipe, method: Method, config: Any) -> int:
 
 
 def exported_rank(recipe: Recipe, method: Method, config: Any) -> int:
-    """The largest rank in what is published."""
+    """The largest rank in what is published; an upper bound where ranks are chosen from data."""
     if getattr(config, "variant", None) == "mini" and (recipe.output.rank or recipe.output.dtype):
         saved = min(config.r, config.mini_r)  # as LoRA
     else:
-        saved = method.saved_rank * largest_rank(config)
+        saved = method.saved_rank * round(getattr(config, "rho", 1) * largest_rank(config))
     return min(saved, recipe.output.rank) if recipe.output.rank else saved
 
 
 def largest_rank(config: Any) -> int:
     """The largest rank that an adapter's config gives a layer."""
     return max(_ranks(config).values())
+
+
+def chooses_ranks(config: Any) -> bool:
+    """Whether ranks are chosen from calibration data, so that the config does not tell them yet."""
+    return bool(getattr(config, "redistributes", bool)())
 
 
 def _ranks(config: Any) -> dict[str, Any]:
@@ -126,6 +133,13 @@ def _check_vllm(recipe: Recipe, method: Method, config: Any, exported: int) -> N
             "energy chooses a rank for each layer, which is not known before and which vLLM would misread; write "
             "output.rank, or give adapter.r instead.",
         )
+    if chooses_ranks(config) and not recipe.output.rank:
+        name = next(name for name in ("rho", "dynamic_ranks") if hasattr(config, name))
+        raise recipe.error(
+            ("adapter", name),
+            f"{name}={getattr(config, name)} gives each layer a rank of its own, which vLLM would misread; write "
+            f"output.rank: {exported}, or adapter.{name}: {1 if name == 'rho' else 'false'}.",
+        )
     patterns = [name for name in ("rank_pattern", "alpha_pattern") if getattr(config, name, None)]
     if patterns and not recipe.output.rank:
         name = patterns[0]
@@ -133,6 +147,58 @@ def _check_vllm(recipe: Recipe, method: Method, config: Any, exported: int) -> N
             ("adapter", name),
             f"vLLM scales every layer by one lora_alpha / r and would misread {name}; write output.rank, which folds "
             "the scaling in, or remove it.",
+        )
+
+
+def check_calibration(recipe: Recipe, method: Method, config: Any) -> None:
+    """Data for a method that takes none, settings that contradict each other, and starts that fit no task or base.
+
+    Raises:
+        RecipeError: with where it was written.
+    """
+    written = recipe.calibration
+    if not method.takes_data():
+        if written is not None:
+            raise recipe.error(
+                ("calibration",),
+                f"{method.name} takes no calibration data; remove the section, or choose corda, eva or eora.",
+                at_key=True,
+            )
+        return
+    if method.name == "corda" and config.mode == "kpm" and (written is None or written.data is None):
+        raise recipe.error(
+            ("adapter", "mode"), "kpm keeps what calibration data shows; write calibration.data, for example a corpus."
+        )
+    if method.name == "eora":
+        _check_eora(recipe)
+    if written is None:
+        return
+    if written.exact and written.sketch:
+        raise recipe.error(
+            ("calibration", "sketch"),
+            f"exact: true and sketch: {written.sketch} contradict each other; remove one of them.",
+        )
+    only_of_data = [name for name in ("split", "config", "max_length") if getattr(written, name) is not None]
+    if written.data is None and only_of_data:
+        raise recipe.error(
+            ("calibration", only_of_data[0]),
+            f"{only_of_data[0]} is about calibration.data, which is not given; write that, or remove "
+            f"{only_of_data[0]} to calibrate on the rows of the training as they are.",
+        )
+
+
+def _check_eora(recipe: Recipe) -> None:
+    if recipe.model.quantization is None:
+        raise recipe.error(
+            ("adapter", "method"),
+            "eora makes up for quantisation, and the model is not quantised; write model.quantization: nf4 or int8, or "
+            "choose another method.",
+        )
+    if recipe.task == "dpo":
+        raise recipe.error(
+            ("adapter", "method"),
+            "eora does not start at the base: its disabled adapter, DPO's reference, is the quantised model and not "
+            "where the policy starts; choose another method, or task sft.",
         )
 
 
@@ -206,6 +272,8 @@ def check_sources(recipe: Recipe) -> None:
     named: list[tuple[tuple[str | int, ...], str]] = [(("data", "train"), recipe.data.train)]
     if recipe.data.test:
         named.append((("data", "test"), recipe.data.test))
+    if recipe.calibration and recipe.calibration.data:
+        named.append((("calibration", "data"), recipe.calibration.data))
     for key in ("tasks", "forgetting"):
         named.extend((("evaluation", key, i), name) for i, name in enumerate(getattr(recipe.evaluation, key)))
     for location, name in named:

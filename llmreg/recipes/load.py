@@ -11,6 +11,7 @@ import difflib
 import os
 import re
 import reprlib
+import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ _PATHS = (
     ("model", "name"),
     ("data", "train"),
     ("data", "test"),
+    ("calibration", "data"),
     ("evaluation", "tasks"),
     ("evaluation", "forgetting"),
     ("output", "dir"),
@@ -237,6 +239,6 @@ def _section(location: Location) -> type[BaseModel]:
     section: type[BaseModel] = Recipe
     for key in location:
         inner = section.model_fields[str(key)].annotation
-        assert isinstance(inner, type)
-        section = inner
+        classes = [kind for kind in (inner, *typing.get_args(inner)) if isinstance(kind, type)]
+        section = next(kind for kind in classes if issubclass(kind, BaseModel))
     return section

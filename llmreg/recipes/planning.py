@@ -12,7 +12,14 @@ from typing import Any
 from ..errors import LlmregError, RecipeError
 from ..methods import Method, get_method
 from ..quiet import quiet
-from .conflicts import check_adapter, check_environment, check_output, check_sources, check_training
+from .conflicts import (
+    check_adapter,
+    check_calibration,
+    check_environment,
+    check_output,
+    check_sources,
+    check_training,
+)
 from .fields import check_fields
 from .schema import Recipe
 from .tasks import TASKS, TaskKind, config_class
@@ -81,6 +88,7 @@ def plan(recipe: Recipe, *, new_output: bool = True) -> Plan:
         method = _method(recipe)
         adapter = _adapter(recipe, method)
         training = _training(recipe)
+        check_calibration(recipe, method, adapter)
         exported_rank = check_adapter(recipe, method, adapter)
         check_training(recipe, training)
         check_environment(recipe, training)
@@ -133,7 +141,10 @@ def training_fields_left_out(kind: TaskKind) -> frozenset[str]:
 
 
 def _training_managed(kind: TaskKind) -> dict[str, str]:
-    renamed = {old: f"it has been renamed, write training.{new}" for old, new in _DEPRECATED.items()}
+    known = config_class(kind)
+    renamed = {
+        old: f"it has been renamed, write training.{new}" for old, new in _DEPRECATED.items() if hasattr(known, new)
+    }
     return {**_TRAINING_MANAGED, **kind.refused, **renamed}
 
 
@@ -153,10 +164,12 @@ def _training(recipe: Recipe) -> Any:
     arguments_class = config_class(kind)
     check_fields(recipe, "training", recipe.training, arguments_class, managed=_training_managed(kind))
     gpu = torch.cuda.is_available() and not recipe.training.get("use_cpu", False)
+    # transformers has renamed it; the older versions that are supported know the older name only.
+    renamed = hasattr(arguments_class, "activation_checkpointing")
     defaults: dict[str, Any] = {
         "use_cpu": not gpu,
         "bf16": gpu and not recipe.training.get("fp16", False) and torch.cuda.is_bf16_supported(),
-        "activation_checkpointing": gpu,
+        "activation_checkpointing" if renamed else "gradient_checkpointing": gpu,
         "dataloader_pin_memory": gpu,
         "report_to": "none",
     }

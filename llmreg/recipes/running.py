@@ -16,6 +16,7 @@ from ..evaluation.report import Report
 from ..quiet import quiet
 from .base_model import load_base
 from .building import build_trainer, check_chat_template
+from .calibrating import start_on_data
 from .data import Classes, load_training_data, located, scoring_rows
 from .planning import plan
 from .progress_callback import TrainingBar
@@ -79,6 +80,7 @@ def run(recipe: Recipe, *, resume: bool | str = False, allow_changes: bool = Fal
             before = measure_suites(recipe, model, tokenizer, suites)
         with clock.timing("init"), use_starts(_existing_starts()):
             trainer = build_trainer(settled, model, tokenizer, data)
+            calibrated = start_on_data(settled, trainer, tokenizer)
         heldout = _Heldout(trainer, data.heldout is not None)
         with clock.timing("evaluate"):
             heldout.measure("before")
@@ -111,6 +113,7 @@ def run(recipe: Recipe, *, resume: bool | str = False, allow_changes: bool = Fal
             export=export,
             seconds=clock.split(),
             changed_on_resume=changed,
+            calibration=None if calibrated is None else calibrated[1],
         )
         write_reports(report, folder)
     return report

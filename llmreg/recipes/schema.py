@@ -13,13 +13,14 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from ..sizes import parse_size
 from .document import Document
 from .tasks import TASKS, TASKS_TO_COME
 
-__all__ = ["SECTIONS_TO_COME", "Adapter", "Data", "Evaluation", "Model", "Output", "Recipe"]
+__all__ = ["SECTIONS_TO_COME", "Adapter", "Calibration", "Data", "Evaluation", "Model", "Output", "Recipe"]
 
 #: Sections that later versions read.
-SECTIONS_TO_COME = ("calibration", "regularizers")
+SECTIONS_TO_COME = ("regularizers",)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -81,6 +82,62 @@ class Adapter(BaseModel):
         return dict(self.model_extra or {})
 
 
+class Calibration(_Section):
+    """Data from which the methods start that need some (corda, eva, eora): the base runs over it once before training.
+
+    Attributes:
+        data: a pocket task, a Hub id, or a file, as in `data.train`, with rows of `text`, `prompt` and `completion` (or
+            `chosen`), a `prompt` alone, or `messages`; default: the rows that the task trains on, as it sees them.
+        split, config: of `data`; a split other than train, the Hub dataset's configuration.
+        samples: rows that are read, chosen by the seed; `all` for all.
+        batch_size: rows at a time; default: the training's. max_length: tokens of a row of `data`; default: the
+            training's.
+        max_tokens: stop once so many tokens are counted.
+        memory_budget: bytes (or "2GB") for what is gathered; above it inputs are sketched or read in several passes.
+        exact: true: never sketch; false: always. sketch: columns of a sketch.
+    """
+
+    data: str | None = Field(default=None, min_length=1)
+    split: str | None = None
+    config: str | None = None
+    samples: int | Literal["all"] = 256
+    batch_size: int | None = Field(default=None, ge=1)
+    max_length: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    memory_budget: int | str | None = None
+    exact: bool | None = None
+    sketch: int | None = Field(default=None, ge=1)
+
+    @field_validator("samples", mode="before")
+    @classmethod
+    def _rows(cls, value: Any) -> Any:
+        if value == "all" or (_is_whole(value) and value >= 1):
+            return value
+        raise PydanticCustomError("samples", "Input should be a number of rows, at least 1, or all")
+
+    @field_validator("memory_budget", mode="before")
+    @classmethod
+    def _size(cls, value: Any) -> Any:
+        size: Any = parse_size(value) if isinstance(value, str) else value
+        if value is None or (_is_whole(size) and size >= 1):
+            return value
+        raise PydanticCustomError("size", "Input should be bytes or a size with a unit, such as 2GB")
+
+    @property
+    def budget(self) -> int | None:
+        """`memory_budget` in bytes."""
+        return parse_size(self.memory_budget) if isinstance(self.memory_budget, str) else self.memory_budget
+
+    @property
+    def rows(self) -> int | None:
+        """`samples` as a number; None: all."""
+        return None if self.samples == "all" else self.samples
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 class Evaluation(_Section):
     """What is measured before and after training.
 
@@ -130,6 +187,7 @@ class Recipe(_Section):
     task: str = "sft"
     data: Data
     adapter: Adapter
+    calibration: Calibration | None = None
     training: dict[str, Any] = Field(default_factory=dict)
     evaluation: Evaluation = Field(default_factory=Evaluation)
     output: Output
