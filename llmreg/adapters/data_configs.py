@@ -6,7 +6,8 @@ and hands them, one distinct layer input at a time (`DataGroup`), to the methods
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -32,7 +33,7 @@ from ..initializers import (
 from .config import AdditiveConfig
 from .convergence import Convergence
 from .data_group import DataGroup, DataLayer, second_moment
-from .svd_configs import DecomposedConfig
+from .svd_configs import ResidualConfig
 
 __all__ = ["CordaConfig", "DataConfig", "EoraConfig", "EvaConfig"]
 
@@ -80,12 +81,20 @@ class DataConfig(AdditiveConfig):
         """The rank of every layer, 0 to remove it; None: ranks stay."""
         return None
 
+    def needs_original(self) -> bool:
+        """Whether the start needs weights as they were before quantisation."""
+        return self.quantizes_residual()
+
     def new_alpha(self, alpha: float, rank: int, new_rank: int) -> float:
         """The `lora_alpha` of a layer whose rank changes: its scaling stays."""
         return scaled_alpha(alpha, rank, new_rank, self.use_rslora)
 
     def starts(self, group: DataGroup, survey: Any) -> list[Factors]:
         """The start of each layer of `group`."""
+        raise NotImplementedError
+
+    def decompositions(self, group: DataGroup, survey: Any) -> list[Callable[[Tensor], Factors]]:
+        """What makes the start of each layer of `group` from a matrix `(out, in)`, where residuals are quantised."""
         raise NotImplementedError
 
     def start_settings(self, layer: str = "") -> tuple:
@@ -96,7 +105,7 @@ class DataConfig(AdditiveConfig):
 
 
 @dataclass
-class CordaConfig(DecomposedConfig, DataConfig):
+class CordaConfig(ResidualConfig, DataConfig):
     """CorDA (arXiv 2406.05223): PiSSA's difference form over components weighed by the layer's inputs.
 
     `W C_f` is decomposed, `C_f` the damped second moment of the inputs on calibration data; the adapter trains the
@@ -113,7 +122,7 @@ class CordaConfig(DecomposedConfig, DataConfig):
         covariances: CorDA++'s covariance selection among this many sub-sets of the data; 1 takes all data as one.
             From a secondary source: the formulas were not checked against the paper (`initializers/corda_plus.py`).
         dynamic_ranks: CorDA++'s rank allocation within the parameters of a uniform `r`; from a secondary source too.
-        svd, oversample, power_iterations: as in `PissaConfig`.
+        svd, oversample, power_iterations, residual, residual_iterations: as in `PissaConfig`.
 
     Example:
         >>> CordaConfig(r=16, mode="kpm", target_modules="all-linear").mode
@@ -186,18 +195,23 @@ class CordaConfig(DecomposedConfig, DataConfig):
         return allocate_ranks(spectra, shapes, rank)
 
     def starts(self, group: DataGroup, survey: Any) -> list[Factors]:
+        decompositions = self.decompositions(group, survey)
+        return [decompose(layer.weight()) for layer, decompose in zip(group.layers, decompositions, strict=True)]
+
+    def decompositions(self, group: DataGroup, survey: Any) -> list[Callable[[Tensor], Factors]]:
+        """As in `DataConfig`; layers of one input share its damped moment."""
         used = {layer.name: 0 if survey is None else survey[layer.name][1] for layer in group.layers}
         moments = {index: self._damped(group.parts[index], group) for index in set(used.values())}
-        return [self._start(layer, moments[used[layer.name]]) for layer in group.layers]
+        return [functools.partial(self._start, layer, moments[used[layer.name]]) for layer in group.layers]
 
     def _damped(self, part: InputStatistics | None, group: DataGroup) -> Any:
         """Of an input that no token reached: the identity, which makes PiSSA's components of CorDA's."""
         moment = torch.eye(group.layers[0].shape[1]) if part is None else second_moment(part)
         return damp(moment, self.damping, dtype=torch.float32, device=group.device, overwrite=True)
 
-    def _start(self, layer: DataLayer, moment: Any) -> Factors:
+    def _start(self, layer: DataLayer, moment: Any, W: Tensor) -> Factors:
         return corda(
-            layer.weight(),
+            W,
             layer.rank,
             layer.scaling,
             moment,
@@ -339,6 +353,9 @@ class EoraConfig(DataConfig):
             raise UnsupportedError(f"ridge is a small positive number, for example 1e-6, got {self.ridge!r}.")
         if self.svd not in ("randomized", "exact"):
             raise UnsupportedError(f"svd must be 'randomized' or 'exact', got {self.svd!r}.")
+
+    def needs_original(self) -> bool:
+        return True
 
     def start_settings(self, layer: str = "") -> tuple:
         return (*super().start_settings(layer), self.ridge, self.svd)

@@ -235,7 +235,7 @@ def _check_trainer(trainer: Any, model: Any, names: Sequence[str]) -> None:
 
     reference_is_base = getattr(trainer, "ref_model", model) is None and getattr(trainer, "beta", 1) != 0
     for config in configs.values():
-        if reference_is_base and "ref" not in model.peft_config and not FORMS[config.FORM].starts_at_zero:
+        if reference_is_base and "ref" not in model.peft_config and not FORMS[config.form()].starts_at_zero:
             raise UnsupportedError(
                 f"{config.method} makes the model differ from its base at once, and this trainer's reference is the "
                 "base; put the adapter on the model first (peft.get_peft_model) and pass that: the trainer then keeps "

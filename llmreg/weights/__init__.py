@@ -4,7 +4,7 @@ from llmreg.weights.finite import check_finite
 from llmreg.weights.hashing import bytes_hash, module_bytes_hash
 from llmreg.weights.identity import Identity, identity_hash
 from llmreg.weights.original import OriginalWeights, original_checkpoint
-from llmreg.weights.quantized import dequantize, requantize
+from llmreg.weights.quantized import dequantize, requantize, stored_tensors
 from llmreg.weights.read import read_weight
 from llmreg.weights.sharded import gathered, gathering_forwards, is_sharded
 from llmreg.weights.source import SafetensorsSource
@@ -28,4 +28,5 @@ __all__ = [
     "read_weight",
     "requantize",
     "storage_of",
+    "stored_tensors",
 ]
