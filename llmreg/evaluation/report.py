@@ -38,6 +38,8 @@ class Report:
         recipe: None, or the whole recipe as YAML.
         classes: of a classification, in the order of their numbers, else None.
         vectors: None, or of SVFit's frozen vectors {"dtype", "error"}: the largest relative error of a layer's.
+        residual: None, or of a quantised residual {"layers", "quantized_error", "error"}: the distance from the
+            full-precision weights over their norm, of the quantised base and of what training starts from.
         calibration: None, or of a method that starts from data {"data", "tokens", "batches", "passes", "inputs",
             "exact", "sketched", "reason", "cached", "seconds", "ranks"}: how many distinct layer inputs were summed
             exactly and how many sketched, why, whether from the cache, and the ranks that were chosen, by layer.
@@ -71,6 +73,7 @@ class Report:
     changed_on_resume: tuple[str, ...] | None = None
     form: str = "plain LoRA"
     vectors: dict[str, Any] | None = None
+    residual: dict[str, Any] | None = None
     calibration: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -101,6 +104,11 @@ class Report:
             lines.append(
                 f"[bold]Vectors[/]   frozen in {self.vectors['dtype']}, relative rounding error "
                 f"{self.vectors['error']:.1e}"
+            )
+        if self.residual:
+            lines.append(
+                f"[bold]Residual[/]  off the full-precision weights by {self.residual['error']:.1%} at the start, "
+                f"quantised alone by {self.residual['quantized_error']:.1%}"
             )
         if self.export:
             rank, dtype, error = (self.export[key] for key in ("rank", "dtype", "relative_error"))

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import RecipeError
 from ..quiet import quiet
+from .conflicts import quantizes_residual
 from .planning import Plan, plan
 from .schema import Recipe
 
@@ -90,6 +91,12 @@ def prepare_starts(recipe: Recipe, folder: str | Path | None = None) -> StartRep
     started = time.perf_counter()
     with quiet():
         settled = plan(recipe, new_output=False)
+        if quantizes_residual(settled.adapter):
+            raise recipe.error(
+                ("adapter", "residual"),
+                "a quantised residual is made together with its adapter when training begins; there is nothing to keep "
+                "before.",
+            )
         if settled.method.takes_data():
             return _prepare_statistics(settled, folder, started)
         target = _folder(folder)
