@@ -79,7 +79,8 @@ def validate(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = Fa
     if as_json:
         _print_json({"recipe": loaded.resolved(), "exported_rank": settled.exported_rank})
     else:
-        typer.echo(f"# {recipe} is valid; the adapter is published with rank {settled.exported_rank}.")
+        rank = f"rank {settled.exported_rank}" if settled.ranks_known else f"ranks up to {settled.exported_rank}"
+        typer.echo(f"# {recipe} is valid; the adapter is published with {rank}.")
         typer.echo(dump_recipe(loaded), nl=False)
 
 
@@ -119,26 +120,40 @@ def init(
     clear: Annotated[bool, typer.Option("--clear", help="Remove what the cache holds.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Decompose the weights of a recipe once, offline, so that training starts at once; without one, list the cache."""
+    """Decompose the weights of a recipe (or calibrate on its data) once, offline, so that training starts at once;
+    without a recipe, list the cache."""
     from dataclasses import asdict
 
     from .recipes import starting
 
     if clear:
         count, size = starting.clear_starts(output)
+        calibrations, more = starting.clear_statistics() if output is None else (0, 0)
         if recipe is None:
-            _print_json({"removed": count, "bytes": size}) if as_json else typer.echo(
-                f"removed {count} starts, {_size(size)}"
-            )
+            if as_json:
+                _print_json({"removed": count + calibrations, "bytes": size + more})
+                return
+            typer.echo(f"removed {count} starts, {_size(size)}")
+            if calibrations:
+                typer.echo(f"removed {calibrations} calibrations, {_size(more)}")
             return
     if recipe is None:
         _print_json(starting.list_starts(output)) if as_json else _print(starting.starts_table(output))
+        if not as_json and output is None and (line := starting.statistics_line()):
+            typer.echo(line)
         return
     from .recipes import load_recipe
 
     report = starting.prepare_starts(load_recipe(recipe, overrides or []), output)
     if as_json:
         _print_json(asdict(report))
+    elif isinstance(report, starting.StatisticsReport):
+        done = "found there" if report.found else "gathered"
+        typer.echo(
+            f"{report.path}: statistics of {report.model} for {report.method} on {report.data} {done} in "
+            f"{report.seconds:.1f} s, {report.tokens:,} tokens, {report.inputs} inputs of {report.layers} layers; it "
+            f"holds {report.entries} calibration{'' if report.entries == 1 else 's'}, {_size(report.bytes)}"
+        )
     else:
         typer.echo(
             f"{report.path}: {report.layers} layers of {report.model} by {report.method} in {report.seconds:.1f} s, "

@@ -45,7 +45,7 @@ class Method:
         needs: extras, data or hardware beyond the base install; empty if none.
         recipe: the runnable recipe, relative to the repository.
         saved_rank: the saved adapter has this times `r` as its rank. saved_form: what it is saved as.
-        other_forms: what it is saved as at a `storage` of its config other than the default.
+        other_forms: what it is saved as at a `storage` or `residual` of its config other than the default.
     """
 
     name: str
@@ -81,7 +81,12 @@ class Method:
 
     def form_of(self, config: Any) -> str:
         """What an adapter of this config is saved as."""
-        return self.other_forms.get(getattr(config, "storage", ""), self.saved_form)
+        chosen = (getattr(config, name, "") for name in ("storage", "residual"))
+        return next((self.other_forms[value] for value in chosen if value in self.other_forms), self.saved_form)
+
+    def rank_of(self, config: Any) -> int:
+        """How many times its rank the rank of a saved adapter of this config is."""
+        return getattr(config, "saved_rank", lambda: self.saved_rank)()
 
     def takes_data(self) -> bool:
         """Whether the start is made from calibration data, so that a recipe may have a `calibration` section."""
@@ -91,6 +96,9 @@ class Method:
         """The row as plain values, for JSON."""
         return asdict(self)
 
+
+#: What `residual="quantized"` (QPiSSA) saves.
+_BESIDE_RESIDUAL = {"quantized": "adapter and quantised residual"}
 
 _ROWS = (
     Method(
@@ -109,10 +117,18 @@ _ROWS = (
         when_not="What the base knows must be kept above all, or the learning rate was tuned for plain LoRA: principal "
         "directions move, so it forgets more at an equal rate (try a smaller one).",
         cost="One truncated SVD a layer before training (seconds for 1B), A0 and B0 held beside A and B, and a step "
-        "that costs about what LoRA's does; the saved LoRA has rank 2r unless exported with a rank.",
-        defaults={"lora_alpha": "r", "svd": "randomized", "lora_dropout": 0.0},
+        "that costs about what LoRA's does; the saved LoRA has rank 2r unless exported with a rank. On NF4 or int8 "
+        "residual: quantized (QPiSSA) quantises each layer five times more and saves the base it makes.",
+        defaults={
+            "lora_alpha": "r",
+            "svd": "randomized",
+            "lora_dropout": 0.0,
+            "residual": "difference",
+            "residual_iterations": 5,
+        },
         recipe="recipes/quickstart.yaml",
         saved_rank=2,
+        other_forms=_BESIDE_RESIDUAL,
     ),
     Method(
         name="sorsa",
@@ -134,6 +150,7 @@ _ROWS = (
         defaults={"lora_alpha": "r", "weights": 4e-4, "squared": False, "reduction": "mean", "decoupled": True},
         recipe="recipes/pocket-sorsa.yaml",
         saved_rank=2,
+        other_forms=_BESIDE_RESIDUAL,
     ),
     Method(
         name="svfit",
@@ -172,8 +189,9 @@ _ROWS = (
         "most there (mode: ipm) or least (mode: kpm).",
         when="kpm: what the base knows must be kept while a task is learned, and there is data that shows it. ipm: as "
         "PiSSA, where inputs use few directions of a weight.",
-        when_not="Data to calibrate on is missing or unlike what is meant; or the learning rate was tuned for another "
-        "mode: kpm's factors are small and want a larger one, ipm's want one like PiSSA's.",
+        when_not="Data to calibrate on is missing or unlike what is meant. With the paper's factors (balance: false) "
+        "kpm wants a far smaller rate than LoRA: A holds the inverse of the inputs' moment, so what calibration did "
+        "not show moves much; balance: true takes LoRA's rates.",
         cost="Forwards over the calibration rows and for each distinct layer input a matrix of in x in float32 (a "
         "sketch within calibration.memory_budget), then one decomposition a layer; memory and step as PiSSA. The saved "
         "LoRA has rank 2r unless exported with a rank. CorDA++'s covariances and dynamic_ranks are from a secondary "
@@ -191,6 +209,7 @@ _ROWS = (
         needs=("calibration data (the training data unless calibration.data says otherwise; kpm must say)",),
         recipe="recipes/pocket-corda.yaml",
         saved_rank=2,
+        other_forms=_BESIDE_RESIDUAL,
     ),
     Method(
         name="eva",

@@ -207,7 +207,7 @@ class CordaConfig(ResidualConfig, DataConfig):
     def _damped(self, part: InputStatistics | None, group: DataGroup) -> Any:
         """Of an input that no token reached: the identity, which makes PiSSA's components of CorDA's."""
         moment = torch.eye(group.layers[0].shape[1]) if part is None else second_moment(part)
-        return damp(moment, self.damping, dtype=torch.float32, device=group.device)
+        return damp(moment, self.damping, dtype=torch.float32, device=group.device, overwrite=True)
 
     def _start(self, layer: DataLayer, moment: Any, W: Tensor) -> Factors:
         return corda(
@@ -363,7 +363,7 @@ class EoraConfig(DataConfig):
     def starts(self, group: DataGroup, survey: Any) -> list[Factors]:
         part = group.parts[0]
         moment = torch.eye(group.layers[0].shape[1]) if part is None else second_moment(part)
-        damped = damp(moment, self.ridge, dtype=torch.float64, device=group.device)
+        damped = damp(moment, self.ridge, dtype=torch.float64, device=group.device, overwrite=True)
         return [self._start(layer, damped) for layer in group.layers]
 
     def _start(self, layer: DataLayer, moment: Any) -> Factors:

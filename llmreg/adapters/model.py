@@ -23,7 +23,7 @@ from ..errors import AdapterFileError, UnsupportedError, WeightError
 from ..weights import gathered, storage_of
 from .config import AdditiveConfig, base_change
 from .data_configs import DataConfig
-from .data_start import start_from_data
+from .data_start import start_from_data, waiting_layers
 from .forms import CONTAINERS, FORMS
 from .layer import AdditiveLayer, additive_class, downgrade, upgrade
 from .loading import exact_factors, expected_start, starts
@@ -152,6 +152,8 @@ class AdditiveModel(TunerCalls, LoraModel):
             exact = exact_factors()
             present = live_factors(model, adapter_name) if exact is None or is_tiny(config) else None
             state_dict = from_stored(state_dict, exact, FORMS[config.form()], present)
+            for layer in waiting_layers(model, adapter_name).values():  # what is loaded is not waited for
+                layer.waiting.discard(adapter_name)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     # -- what a base that holds a quantised residual does not do, and the way back to its own weights ---------------

@@ -84,6 +84,10 @@ def from_stored(
         up = stored.get(_sibling(key, "lora_B"))
         if issubclass(form, Product) and up is not None:
             live.update({key: stored[key], _sibling(key, "lora_B"): up})
+            for name in form.frozen:  # an adapter that has no start (made on the meta device) takes this for it
+                start = (present or {}).get(_sibling(key, name))
+                if start is None or start.is_meta:
+                    live[_sibling(key, name)] = live[_sibling(key, name.removesuffix("0"))].clone()
             continue
         if form is Spectral and up is not None:
             parts = _spectral(key, stored[key], up, present or {})

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..files import write_text
 from .plots import Axis, Plot, Tick, curve, drawable, spectrum
+from .report import calibration_facts
 
 __all__ = ["write_html"]
 
@@ -37,6 +38,7 @@ def write_html(report: Mapping[str, Any], path: str | Path) -> None:
         groups=_by_role(rows, _heldout_score(heldout) if heldout else None),
         scales=_scales(rows),
         facts=_facts(report),
+        calibration=calibration_facts(report.get("calibration") or {}),
         training=_training_plots(report),
         terms=_term_plots(report.get("regularizers") or {}),
         spectrum=spectrum("Singular values of what the adapter adds", report.get("singular_values") or {}),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .measure import Measurement
 
-__all__ = ["Report", "machine", "peak_memory_mib"]
+__all__ = ["Report", "calibration_facts", "machine", "peak_memory_mib"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Report:
         recipe: None, or the whole recipe as YAML.
         classes: of a classification, in the order of their numbers, else None.
         vectors: None, or of SVFit's frozen vectors {"dtype", "error"}: the largest relative error of a layer's.
+        residual: None, or of a quantised residual {"layers", "quantized_error", "error"}: the distance from the
+            full-precision weights over their norm, of the quantised base and of what training starts from.
         calibration: None, or of a method that starts from data {"data", "tokens", "batches", "passes", "inputs",
             "exact", "sketched", "reason", "cached", "seconds", "ranks"}: how many distinct layer inputs were summed
             exactly and how many sketched, why, whether from the cache, and the ranks that were chosen, by layer.
@@ -70,6 +73,7 @@ class Report:
     changed_on_resume: tuple[str, ...] | None = None
     form: str = "plain LoRA"
     vectors: dict[str, Any] | None = None
+    residual: dict[str, Any] | None = None
     calibration: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -93,10 +97,18 @@ class Report:
             f"[bold]Memory[/]    {memory} at the peak",
             f"[bold]Adapter[/]   {escape(self.adapter)} ({self.form} of rank {self.rank}, {_size(self.adapter_bytes)})",
         ]
+        if self.calibration:
+            said = "; ".join(f"{name} {value}" for name, value in calibration_facts(self.calibration))
+            lines.append(f"[bold]Start[/]     {escape(said)}")
         if self.vectors:
             lines.append(
                 f"[bold]Vectors[/]   frozen in {self.vectors['dtype']}, relative rounding error "
                 f"{self.vectors['error']:.1e}"
+            )
+        if self.residual:
+            lines.append(
+                f"[bold]Residual[/]  off the full-precision weights by {self.residual['error']:.1%} at the start, "
+                f"quantised alone by {self.residual['quantized_error']:.1%}"
             )
         if self.export:
             rank, dtype, error = (self.export[key] for key in ("rank", "dtype", "relative_error"))
@@ -124,6 +136,28 @@ class Report:
             before, after = self.heldout_loss["before"], self.heldout_loss["after"]
             table.add_row("held-out loss", f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
         return table
+
+
+def calibration_facts(calibration: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What `Report.calibration` says, in words; empty for methods that need no data."""
+    if not calibration:
+        return []
+    counts = {name: int(calibration[name]) for name in ("tokens", "batches", "inputs", "exact", "sketched")}
+    form = f"{counts['inputs']:,}, {calibration['reason']}"
+    if counts["exact"] and counts["sketched"]:  # an input that is narrow is cheaper exact than sketched
+        form += f"; {counts['exact']:,} exact, {counts['sketched']:,} sketched"
+    facts = [
+        ("data", str(calibration["data"])),
+        ("tokens", f"{counts['tokens']:,} in {counts['batches']:,} batches"),
+        ("distinct inputs", form),
+        ("seconds", f"{calibration['seconds']:.1f}{', statistics from the cache' if calibration['cached'] else ''}"),
+    ]
+    ranks = [int(rank) for rank in (calibration.get("ranks") or {}).values()]
+    if ranks:
+        none = f", none for {ranks.count(0)} layers" if 0 in ranks else ""
+        given = [rank for rank in ranks if rank]
+        facts.append(("ranks chosen", f"{min(given)} to {max(given)}, {sum(ranks):,} in all{none}"))
+    return facts
 
 
 def _cells(row: Measurement) -> tuple[str, str, str, str]:

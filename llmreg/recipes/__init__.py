@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .json_schema import recipe_schema
     from .planning import Plan, plan
     from .running import run
-    from .starting import StartReport, prepare_starts
+    from .starting import StartReport, StatisticsReport, prepare_starts
 
 __all__ = [
     "Evaluation",
@@ -28,6 +28,7 @@ __all__ = [
     "Preview",
     "Recipe",
     "StartReport",
+    "StatisticsReport",
     "dump_recipe",
     "evaluate",
     "load_recipe",
@@ -49,6 +50,7 @@ _LATER = {
     "preview": "dry_run",
     "run": "running",
     "StartReport": "starting",
+    "StatisticsReport": "starting",
     "prepare_starts": "starting",
 }
 

@@ -10,7 +10,7 @@ from .data import Classes, located
 from .schema import Recipe
 from .tasks import TASKS
 
-__all__ = ["base_dtype", "load_base", "name_or_path"]
+__all__ = ["base_dtype", "load_base", "load_saved", "name_or_path"]
 
 
 def name_or_path(recipe: Recipe) -> str:
@@ -78,6 +78,14 @@ def load_base(recipe: Recipe, *, gpu: bool, classes: Classes | None = None) -> t
             f"the tokenizer of {recipe.model.name} has no end-of-sequence token, which {recipe.task} needs.",
         )
     return model, tokenizer
+
+
+def load_saved(recipe: Recipe, folder: Path) -> Any:
+    """A model that lies in `folder` as it is to be used, such as the `residual/` of an adapter."""
+    import transformers
+
+    auto_class = getattr(transformers, TASKS[recipe.task].auto_class)
+    return auto_class.from_pretrained(folder, trust_remote_code=False, local_files_only=True).eval()
 
 
 def _labels(classes: Classes | None) -> dict[str, Any]:

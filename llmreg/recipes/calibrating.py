@@ -7,7 +7,8 @@ the batches, and the settings; so a second run, a resumed one, or one after `llm
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,19 @@ import torch
 from ..adapters.start_cache import default_limit
 from ..adapters.start_key import fast_digest
 from ..calibration import CalibrationCache
+from ..errors import RecipeError
 from ..quiet import quiet
 from ..trainers import InitializationReport, initialize
 from ..trainers.calibration_data import batches_of_rows, batches_of_trainer, choose_rows
 from ..weights import identity_hash
 from ..weights.digests import cache_file
 from ..weights.hashing import update
-from .conflicts import chooses_ranks
 from .data import in_format, located
 from .planning import Plan
 from .schema import Calibration, Recipe
 from .sources import load_source
 
-__all__ = ["calibration_folder", "kept_statistics", "start_on_data"]
+__all__ = ["calibration_folder", "clear_statistics", "kept_statistics", "start_on_data"]
 
 #: What rows of `calibration.data` may hold; the first that fits is taken.
 _FORMATS = (
@@ -42,16 +43,14 @@ _FORMATS = (
 _NAME = re.compile(r"calibration-[0-9a-f]{64}\.safetensors")
 
 
-def start_on_data(
-    settled: Plan, trainer: Any, tokenizer: Any, folder: Path | None = None
-) -> tuple[InitializationReport, dict[str, Any]] | None:
+def start_on_data(settled: Plan, trainer: Any, tokenizer: Any, folder: Path | None = None) -> dict[str, Any] | None:
     """Calibrate and start the adapter of `trainer`, which must not have its optimizer yet.
 
     Args:
         folder: of the cache; default: `calibration_folder()`.
 
     Returns:
-        What was done, and the same in short for the run's report; None for methods that take no data.
+        What was done, as the run's report has it under `calibration`; None for methods that take no data.
 
     Raises:
         RecipeError: data that cannot be read or has no token that counts, a budget that is too small; where it is
@@ -64,7 +63,7 @@ def start_on_data(
     batches = _batches(recipe, settings, trainer, tokenizer)
     folder = folder or calibration_folder()
     cache = CalibrationCache(folder, _base(recipe, settings, trainer.model), _fingerprint(batches))
-    with located(recipe, "calibration"), quiet():
+    with _located(recipe), quiet():
         report = initialize(
             trainer,
             batches,
@@ -76,7 +75,17 @@ def start_on_data(
             seed=recipe.seed,
         )
     _make_room(folder)
-    return report, _in_short(settled, settings, report)
+    return _in_short(settled, settings, report)
+
+
+@contextmanager
+def _located(recipe: Recipe) -> Iterator[None]:
+    """Refusals of this context get the place of what they are about."""
+    try:
+        yield
+    except RecipeError as error:
+        about = ("memory_budget",) if "memory budget" in str(error) else ()
+        raise recipe.error(("calibration", *about), str(error)) from None
 
 
 def _batches(recipe: Recipe, settings: Calibration, trainer: Any, tokenizer: Any) -> list[Any]:
@@ -123,6 +132,15 @@ def kept_statistics(folder: Path) -> list[Path]:
         return []
     files = {path: path.stat().st_mtime_ns for path in folder.iterdir() if _NAME.fullmatch(path.name)}
     return sorted(files, key=files.__getitem__, reverse=True)
+
+
+def clear_statistics(folder: Path) -> tuple[int, int]:
+    """Remove all statistics from the cache, and nothing else in the folder; (count, bytes) removed."""
+    sizes = []
+    for path in kept_statistics(folder):
+        sizes.append(path.stat().st_size)
+        path.unlink(missing_ok=True)
+    return len(sizes), sum(sizes)
 
 
 def _make_room(folder: Path) -> None:
@@ -182,5 +200,5 @@ def _in_short(settled: Plan, settings: Calibration, report: InitializationReport
         "reason": parts[0]["reason"],
         "cached": all(part["cached"] for part in parts),
         "seconds": report.seconds,
-        "ranks": ranks if chooses_ranks(settled.adapter) else None,
+        "ranks": None if settled.ranks_known else ranks,
     }

@@ -23,6 +23,7 @@ __all__ = [
     "check_training",
     "chooses_ranks",
     "largest_rank",
+    "quantizes_residual",
     "served_rank",
 ]
 
@@ -55,12 +56,14 @@ def check_adapter(recipe: Recipe, method: Method, config: Any) -> int:
         )
     if method.kind == "bone":
         _check_bone(recipe, config)
+    if quantizes_residual(config):
+        _check_residual(recipe)
     output, form = recipe.output, method.form_of(config)
     if output.serve and form != "plain LoRA" and not (output.rank or output.dtype):
         raise recipe.error(
             ("output", "serve"),
-            f"vLLM serves LoRA, and {method.name} is saved here as {form}; write output.rank, which exports one (exact "
-            "at r).",
+            f"vLLM serves LoRA, and {method.name} is saved here as {form}; write output.rank, which exports one"
+            + ("." if quantizes_residual(config) else " (exact at r)."),
         )
     exported = exported_rank(recipe, method, config)
     if recipe.output.serve == "vllm":
@@ -73,7 +76,9 @@ def exported_rank(recipe: Recipe, method: Method, config: Any) -> int:
     if getattr(config, "variant", None) == "mini" and (recipe.output.rank or recipe.output.dtype):
         saved = min(config.r, config.mini_r)  # as LoRA
     else:
-        saved = method.saved_rank * round(getattr(config, "rho", 1) * largest_rank(config))
+        saved = (2 if _approximate(recipe, config) else method.rank_of(config)) * round(
+            getattr(config, "rho", 1) * largest_rank(config)
+        )
     return min(saved, recipe.output.rank) if recipe.output.rank else saved
 
 
@@ -85,6 +90,32 @@ def largest_rank(config: Any) -> int:
 def chooses_ranks(config: Any) -> bool:
     """Whether ranks are chosen from calibration data, so that the config does not tell them yet."""
     return bool(getattr(config, "redistributes", bool)())
+
+
+def quantizes_residual(config: Any) -> bool:
+    """Whether the base comes to hold what the adapter does not carry, quantised (QPiSSA)."""
+    return bool(getattr(config, "quantizes_residual", bool)())
+
+
+def _approximate(recipe: Recipe, config: Any) -> bool:
+    """Whether a plain LoRA is exported that is only near what was trained."""
+    return quantizes_residual(config) and bool(recipe.output.rank or recipe.output.dtype)
+
+
+def _check_residual(recipe: Recipe) -> None:
+    """Refuse a quantised residual without a quantised base, and where the base must serve as reference."""
+    if recipe.model.quantization is None:
+        raise recipe.error(
+            ("adapter", "residual"),
+            "residual: quantized quantises what the adapter does not carry, as the base is quantised, and this base is "
+            "not; write model.quantization: nf4 or int8, or remove adapter.residual.",
+        )
+    if recipe.task == "dpo":
+        raise recipe.error(
+            ("adapter", "residual"),
+            "residual: quantized changes the base, so that a disabled adapter is no reference for dpo; write residual: "
+            "difference, or train with task sft.",
+        )
 
 
 def _ranks(config: Any) -> dict[str, Any]:
@@ -109,7 +140,8 @@ def _check_vllm(recipe: Recipe, method: Method, config: Any, exported: int) -> N
             ("output", "serve"), "vLLM does not load adapters that bring a classification head; remove output.serve."
         )
     if served_rank(exported) is None:
-        times = f" ({method.saved_rank} x r)" if method.saved_rank > 1 and not recipe.output.rank else ""
+        saved = method.rank_of(config)
+        times = f" ({saved} x r)" if saved > 1 and not recipe.output.rank else ""
         raise recipe.error(
             ("output", "serve"),
             f"the exported rank is {exported}{times}, and vLLM serves ranks up to {VLLM_RANKS[-1]}; write output.rank: "

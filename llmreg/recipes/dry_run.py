@@ -17,17 +17,20 @@ from .building import located_in_adapter
 from .chosen_ranks import choose_ranks
 from .conflicts import exported_rank
 from .data import load_training_data, located
+from .data_start_cost import DataStartCost, data_start_cost
 from .load import dump_recipe
 from .memory import MemoryEstimate, estimate, libraries_memory
 from .outline import Parameters, count, outline, targets, with_adapter
 from .planning import Plan, plan
-from .schema import Recipe
+from .schema import Calibration, Recipe
 from .sources import is_local, is_pocket
 
 __all__ = ["Preview", "preview"]
 
 #: Labels that are assumed where the data cannot be read without the network.
 _LABELS = 2
+#: Tokens of a row that are assumed where nothing limits them.
+_LENGTH = 512
 
 
 @dataclass(frozen=True)
@@ -81,13 +84,13 @@ class Preview:
         available = "" if self.available is None else f" of {self.available / 2**20:,.0f} available"
         memory.add_row("[bold]peak[/]", f"[bold]{self.memory.peak / 2**20:,.0f}[/]{available}")
         base, trained, frozen = self.parameters
-        served = f"vLLM: --max-lora-rank {self.vllm_rank}" if self.vllm_rank else "more than vLLM serves"
+        served = f"vLLM: --max-lora-rank {self.vllm_rank}" if self.vllm_rank else "not one that vLLM serves"
         if self.form != "plain LoRA":
             served = "vLLM serves LoRA only"
         lines = [
             f"[bold]Parameters[/]  {trained:,} trained ({trained / (base + trained + frozen):.2%}), {frozen:,} frozen "
             f"beside them, {base:,} of the base",
-            f"[bold]Start[/]       about {self.start_seconds:.1f} s of decompositions",
+            f"[bold]Start[/]       about {self.start_seconds:.1f} s",
             f"[bold]Published[/]   {self.form} of rank {self.exported_rank} ({served})",
             *(f"[bold]Note[/]        {escape(note)}" for note in self.notes),
             "Nothing was downloaded or written.",
@@ -116,6 +119,7 @@ def preview(recipe: Recipe) -> Preview:
                 name_or_path(recipe), recipe.model.revision, model, settled.adapter, adapted_layers
             )
             settled = replace(settled, adapter=adapter)
+            cost = _data_start(settled, model, adapted_layers, gpu)
             memory = estimate(
                 model,
                 settled.adapter,
@@ -125,9 +129,14 @@ def preview(recipe: Recipe) -> Preview:
                 quantization=recipe.model.quantization,
                 gpu=gpu,
                 libraries=libraries,
+                start=None if cost is None else cost.statistics + cost.workspace,
             )
             adapted = with_adapter(model, settled.adapter)
-        notes += [*about_ranks, *(f"{pattern} matches no layer." for pattern, names in found.items() if not names)]
+        notes += [
+            *about_ranks,
+            *_about_data(settled, cost),
+            *(f"{pattern} matches no layer." for pattern, names in found.items() if not names),
+        ]
         available = _available(gpu)
         if available is not None and memory.peak > available:
             notes.append("The peak is more than is free: lower the batch size or max_length, or quantise the base.")
@@ -144,9 +153,9 @@ def preview(recipe: Recipe) -> Preview:
         parameters=count(adapted),
         memory=memory,
         available=available,
-        start_seconds=_start_seconds(settled, adapted),
+        start_seconds=_start_seconds(settled, adapted) if cost is None else cost.seconds + cost.forward_seconds,
         exported_rank=published,
-        vllm_rank=served_rank(published) if form == "plain LoRA" else None,
+        vllm_rank=served_rank(published) if form == "plain LoRA" and (settled.ranks_known or exports) else None,
         notes=(*notes, *memory.notes),
         form=form,
     )
@@ -161,6 +170,46 @@ def _labels(recipe: Recipe) -> tuple[int | None, list[str]]:
         assert classes is not None
         return len(classes.names), []
     return _LABELS, [f"The number of classes is not known before the data is downloaded; {_LABELS} are assumed."]
+
+
+def _data_start(settled: Plan, model: Any, layers: list[str], gpu: bool) -> DataStartCost | None:
+    """The cost of a start from calibration data; None for methods that need none."""
+    if not settled.method.takes_data():
+        return None
+    recipe = settled.recipe
+    settings, training = recipe.calibration or Calibration(), settled.training
+    with located(recipe, "calibration", "memory_budget"):
+        return data_start_cost(
+            model,
+            settled.adapter,
+            layers,
+            settings,
+            batch_size=settings.batch_size or training.per_device_train_batch_size,
+            length=settings.max_length or training.max_length or _LENGTH,
+            dtype=base_dtype(recipe, gpu),
+            device="cuda" if gpu and torch.cuda.is_available() else "cpu",
+        )
+
+
+def _about_data(settled: Plan, cost: DataStartCost | None) -> list[str]:
+    """What is read to start from, what is kept of it, and what it decides."""
+    if cost is None:
+        return []
+    recipe, settings = settled.recipe, settled.recipe.calibration or Calibration()
+    rows = "all rows" if settings.rows is None else f"up to {settings.rows} rows"
+    source = settings.data or f"{recipe.data.train}, what it trains on"
+    notes = [
+        f"The start reads {rows} of {source}: {cost.inputs} distinct layer inputs, {cost.statistics / 2**20:,.1f} MiB "
+        f"of sums ({cost.reason}), about {cost.forward_seconds:.1f} s for the base to run over rows of full length."
+    ]
+    if not settled.ranks_known:
+        notes.append(
+            "Ranks are chosen from the calibration data, and vLLM wants output.rank: parameters, memory and time are "
+            f"those of rank {settled.adapter.r} everywhere, and the published rank is the largest possible."
+        )
+    if settled.method.name == "eora":
+        notes.append("The adapter does not start at zero: it makes up for the quantisation before the first step.")
+    return notes
 
 
 def _start_seconds(settled: Plan, adapted: Any) -> float:

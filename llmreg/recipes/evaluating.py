@@ -13,9 +13,10 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from ..errors import AdapterFileError, RecipeError
 from ..evaluation.measure import Suite, forgetting
 from ..evaluation.report import machine
+from ..hub.residual_io import RESIDUAL_NAME
 from ..quiet import quiet
 from ..versions import library_versions
-from .base_model import load_base
+from .base_model import load_base, load_saved
 from .data import load_training_data
 from .load import load_recipe, make_recipe
 from .planning import plan
@@ -33,7 +34,8 @@ class Evaluation:
     Attributes:
         model: the base. adapter: its folder, or None.
         scores: one a source and metric: {"name", "metric", "role", "rows", "base", "adapter", "merged", "forgetting"};
-            `adapter` and `merged` are None where they were not measured. `forgetting` is positive where something was
+            `adapter` and `merged` are None where they were not measured (an adapter beside a quantised residual is not
+            merged). `forgetting` is positive where something was
             lost: of exact match and accuracies the fall, of perplexity the rise of the mean loss in nats a token, as
             PEFT's method comparison defines it.
         seconds: of the whole. versions, machine: of the libraries, and of what it ran on.
@@ -100,6 +102,9 @@ def evaluate(source: str | Path, overrides: Sequence[str] = (), *, merged: bool 
         if adapter is not None:
             from peft import PeftModel
 
+            beside = Path(adapter) / RESIDUAL_NAME
+            if beside.is_dir():  # the base that this adapter belongs to came with it, and it is not merged
+                model, merged = load_saved(recipe, beside), False
             model = PeftModel.from_pretrained(model, adapter)
             scores["adapter"] = measure_suites(recipe, model, tokenizer, suites)
             if merged:

@@ -85,6 +85,7 @@ def estimate(
     gpu: bool = False,
     tokens: int | None = None,
     libraries: int | None = None,
+    start: int | None = None,
 ) -> MemoryEstimate:
     """What training this adapter would need.
 
@@ -95,6 +96,7 @@ def estimate(
         gpu: estimate the GPU's memory, else the process's.
         tokens: length of a row where it is known; default `max_length`.
         libraries: from `libraries_memory`, where it was taken earlier; default: taken now.
+        start: workspace of the start, where it is known; default: found out, for methods that need no data.
     """
     notes: list[str] = []
     if libraries is None:
@@ -103,7 +105,8 @@ def estimate(
     adapted = _typed(model, adapter_config, dtype, task, quantization)
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     frozen = list(frozen_factors(adapted))
-    start = _start(adapted, dtype, quantization, gpu, notes)
+    if start is None:
+        start = _start(adapted, dtype, quantization, gpu, notes)
     weights = _weights(adapted, quantized, quantization, double_quantization) - sum(map(_bytes, frozen))
     step = _step(adapted, training_config, task, tokens, quantized, gpu, notes)
     saved = None if step is None else step.saved

@@ -41,17 +41,18 @@ class StepMemory(NamedTuple):
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Adds up the storages that operations make, and takes them off when they die."""
+    """Adds up the storages that operations make, and takes them off when they die; of fake tensors unless `real`."""
 
-    def __init__(self, existing: Iterable[Tensor] = ()) -> None:
+    def __init__(self, existing: Iterable[Tensor] = (), *, real: bool = False) -> None:
         super().__init__()
+        self._real = real
         self.live = self.peak = 0
         self._sizes: dict[int, int] = {}
         self._existing = [tensor.untyped_storage() for tensor in existing]
         self._sizes.update((storage._cdata, 0) for storage in self._existing)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is torch.ops.aten._local_scalar_dense.default and not self._real:
             return _answer(args[0])
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):

@@ -76,9 +76,13 @@ def with_adapter(model: nn.Module, adapter_config: Any) -> Any:
     """A copy of the outline with the adapter injected; no factor is decomposed on the meta device."""
     from peft import get_peft_model
 
-    adapted = get_peft_model(copy.deepcopy(model), copy.deepcopy(adapter_config), low_cpu_mem_usage=True)
+    config = copy.deepcopy(adapter_config)
+    if getattr(config, "quantizes_residual", bool)():
+        config.residual = "difference"  # the same factors; an outline has no weights to quantise
+    adapted = get_peft_model(copy.deepcopy(model), config, low_cpu_mem_usage=True)
     for layer in _additive_layers(adapted):
         layer.set_regularized("default", True)  # as a run does; its memory is a few r x r matrices
+        layer.waiting.discard("default")  # data would give it values, which nothing has here
     return adapted
 
 

@@ -19,6 +19,7 @@ from .conflicts import (
     check_output,
     check_sources,
     check_training,
+    chooses_ranks,
 )
 from .fields import check_fields
 from .schema import Recipe
@@ -73,6 +74,11 @@ class Plan:
     adapter: Any
     training: Any
     exported_rank: int
+
+    @property
+    def ranks_known(self) -> bool:
+        """Whether the ranks are settled before calibration data is seen."""
+        return not chooses_ranks(self.adapter)
 
 
 def plan(recipe: Recipe, *, new_output: bool = True) -> Plan:

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from ..adapters.residual import residual_errors
 from ..evaluation.html_report import write_html
 from ..evaluation.measure import Measurement, Suite
 from ..evaluation.report import Report, machine, peak_memory_mib
@@ -15,7 +16,7 @@ from ..hub import read_sidecar
 from ..hub.card import write_card
 from ..hub.spectra import update_spectra
 from ..versions import library_versions
-from .conflicts import largest_rank
+from .conflicts import largest_rank, quantizes_residual
 from .data import Classes
 from .load import dump_recipe
 from .planning import Plan
@@ -56,7 +57,8 @@ def save_adapter(settled: Plan, model: Any, folder: Path) -> dict[str, Any] | No
     from ..hub import export_lora
 
     shutil.rmtree(folder / "lora", ignore_errors=True)  # of a run that was interrupted after it
-    done = export_lora(adapter, folder / "lora", rank=output.rank, dtype=output.dtype)
+    approximate = quantizes_residual(settled.adapter)
+    done = export_lora(adapter, folder / "lora", rank=output.rank, dtype=output.dtype, approximate=approximate)
     return {
         "path": str(folder / "lora"),
         "rank": done.rank,
@@ -109,9 +111,10 @@ def report_of(
         trainable_parameters=trainable,
         total_parameters=total,
         adapter_bytes=(adapter / "adapter_model.safetensors").stat().st_size,
-        rank=settled.method.saved_rank * largest_rank(trainer.model.peft_config["default"]),
+        rank=settled.method.rank_of(settled.adapter) * largest_rank(trainer.model.peft_config["default"]),
         form=settled.method.form_of(settled.adapter),
         vectors=_vectors(trainer.model),
+        residual=_residual(trainer.model),
         start_hash=(sidecar.start_hash or None) if sidecar else None,
         peak_memory_mib=peak_memory_mib(),
         adapter=str(adapter),
@@ -135,6 +138,19 @@ def _vectors(model: Any) -> dict[str, Any] | None:
     return {"dtype": "+".join(sorted(dtypes)), "error": error}
 
 
+def _residual(model: Any) -> dict[str, Any] | None:
+    """How far quantising was from the full-precision weights, and how far base and adapter are at the start."""
+    errors = residual_errors(model).values()
+    if not errors:
+        return None
+    norms = {name: sum(getattr(one, name) ** 2 for one in errors) ** 0.5 for name in ("qlora", "kept", "weight")}
+    return {
+        "layers": len(errors),
+        "quantized_error": norms["qlora"] / norms["weight"],
+        "error": norms["kept"] / norms["weight"],
+    }
+
+
 def _paired(suites: dict[str, list[Suite]], before: Scores, after: Scores) -> tuple[Measurement, ...]:
     return tuple(
         Measurement(suite.name, metric, role, len(suite.rows), before[suite.name, metric], after[suite.name, metric])
@@ -155,6 +171,9 @@ def _mean_loss(curve: tuple[dict[str, float], ...], otherwise: float) -> float:
 
 def _how_to_load(settled: Plan, adapter: Path, classes: Classes | None) -> tuple[str, ...]:
     recipe = settled.recipe
+    if quantizes_residual(settled.adapter):
+        base = f"transformers.{TASKS[recipe.task].auto_class}.from_pretrained({str(adapter / 'residual')!r})"
+        return (f"base = {base}", f"model = peft.PeftModel.from_pretrained(base, {str(adapter)!r})")
     name = "llmreg.pocket.path()" if recipe.model.name == "pocket" else repr(recipe.model.name)
     base = f"transformers.{TASKS[recipe.task].auto_class}.from_pretrained({name})"
     if classes is not None:

@@ -80,10 +80,11 @@ def run(recipe: Recipe, *, resume: bool | str = False, allow_changes: bool = Fal
             before = measure_suites(recipe, model, tokenizer, suites)
         with clock.timing("init"), use_starts(_existing_starts()):
             trainer = build_trainer(settled, model, tokenizer, data)
-            calibrated = start_on_data(settled, trainer, tokenizer)
         heldout = _Heldout(trainer, data.heldout is not None)
         with clock.timing("evaluate"):
-            heldout.measure("before")
+            heldout.measure("before")  # of the base: a start from data need not be zero (EoRA)
+        with clock.timing("init"):
+            calibrated = start_on_data(settled, trainer, tokenizer)
         checkpoints = Checkpoints(recipe)
         tracked = TrackedScores(
             trainer,
@@ -113,7 +114,7 @@ def run(recipe: Recipe, *, resume: bool | str = False, allow_changes: bool = Fal
             export=export,
             seconds=clock.split(),
             changed_on_resume=changed,
-            calibration=None if calibrated is None else calibrated[1],
+            calibration=calibrated,
         )
         write_reports(report, folder)
     return report

@@ -1,4 +1,4 @@
-"""Decomposing once, offline: the starts of a recipe's adapter into a folder from which training takes them."""
+"""Decomposing or calibrating once, offline: what a recipe's adapter starts from, where training takes it from."""
 
 from __future__ import annotations
 
@@ -10,10 +10,20 @@ from typing import Any
 
 from ..errors import RecipeError
 from ..quiet import quiet
-from .planning import plan
+from .conflicts import quantizes_residual
+from .planning import Plan, plan
 from .schema import Recipe
 
-__all__ = ["StartReport", "clear_starts", "list_starts", "prepare_starts", "starts_table"]
+__all__ = [
+    "StartReport",
+    "StatisticsReport",
+    "clear_starts",
+    "clear_statistics",
+    "list_starts",
+    "prepare_starts",
+    "starts_table",
+    "statistics_line",
+]
 
 
 @dataclass(frozen=True)
@@ -37,14 +47,40 @@ class StartReport:
     seconds: float
 
 
-def prepare_starts(recipe: Recipe, folder: str | Path | None = None) -> StartReport:
-    """Decompose the weights that the recipe adapts, and keep the starts in `folder`.
+@dataclass(frozen=True)
+class StatisticsReport:
+    """What `prepare_starts` did for a method that starts from data: its statistics are kept, and read by training.
+
+    Attributes:
+        path: the folder of the cache. method, model: of the recipe. data: what was read.
+        layers: adapted layers, without those to which no rank was given. inputs: distinct inputs of theirs.
+        tokens: counted. found: the statistics were there already.
+        entries, bytes: of the whole cache afterwards. seconds: it took, loading the model included.
+    """
+
+    path: str
+    method: str
+    model: str
+    data: str
+    layers: int
+    inputs: int
+    tokens: int
+    found: bool
+    entries: int
+    bytes: int
+    seconds: float
+
+
+def prepare_starts(recipe: Recipe, folder: str | Path | None = None) -> StartReport | StatisticsReport:
+    """Decompose the weights that the recipe adapts, and keep the starts in `folder`; or, for a method that starts from
+    data, calibrate on it and keep the statistics.
 
     Entries are found by the bytes of the weight, the method, rank, scaling, seed and settings, so any recipe with the
     same ones takes them; a second call computes nothing. Several processes may fill one folder.
 
     Args:
-        folder: default: `starts` in the folder of `LLMREG_CACHE` (by default `~/.cache/llmreg`), where `train` looks.
+        folder: default: `starts` (of statistics `calibration`) in the folder of `LLMREG_CACHE` (by default
+            `~/.cache/llmreg`), where `train` looks.
 
     Raises:
         RecipeError: the recipe is wrong, or its method starts from noise, so that there is nothing to keep.
@@ -53,9 +89,17 @@ def prepare_starts(recipe: Recipe, folder: str | Path | None = None) -> StartRep
     from ..adapters.start_cache import contents, use_starts
 
     started = time.perf_counter()
-    target = _folder(folder)
     with quiet():
         settled = plan(recipe, new_output=False)
+        if quantizes_residual(settled.adapter):
+            raise recipe.error(
+                ("adapter", "residual"),
+                "a quantised residual is made together with its adapter when training begins; there is nothing to keep "
+                "before.",
+            )
+        if settled.method.takes_data():
+            return _prepare_statistics(settled, folder, started)
+        target = _folder(folder)
         if settled.method.kind != "additive":
             start = "zero" if settled.method.kind == "bone" else "random numbers"
             raise recipe.error(
@@ -88,6 +132,39 @@ def prepare_starts(recipe: Recipe, folder: str | Path | None = None) -> StartRep
     )
 
 
+def _prepare_statistics(settled: Plan, folder: str | Path | None, started: float) -> StatisticsReport:
+    from .base_model import load_base
+    from .building import build_trainer, check_chat_template
+    from .calibrating import calibration_folder, kept_statistics, start_on_data
+    from .data import load_training_data
+
+    recipe = settled.recipe
+    target = calibration_folder() if folder is None else Path(folder).expanduser()
+    _check_writable(target)
+    data = load_training_data(recipe)
+    model, tokenizer = load_base(recipe, gpu=not settled.training.use_cpu, classes=data.classes)
+    check_chat_template(recipe, data, tokenizer)
+    with tempfile.TemporaryDirectory() as scratch:
+        settled.training.output_dir = scratch  # which a trainer makes
+        trainer = build_trainer(settled, model, tokenizer, data)
+        done = start_on_data(settled, trainer, tokenizer, target)
+    assert done is not None
+    kept = kept_statistics(target)
+    return StatisticsReport(
+        path=str(target),
+        method=settled.method.name,
+        model=recipe.model.name,
+        data=done["data"],
+        layers=len(trainer.accelerator.unwrap_model(trainer.model).base_model.targeted_module_names),
+        inputs=done["inputs"],
+        tokens=done["tokens"],
+        found=done["cached"],
+        entries=len(kept),
+        bytes=sum(path.stat().st_size for path in kept),
+        seconds=time.perf_counter() - started,
+    )
+
+
 def _check_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -104,6 +181,22 @@ def clear_starts(folder: str | Path | None = None) -> tuple[int, int]:
     from ..adapters.start_cache import clear
 
     return clear(_folder(folder))
+
+
+def clear_statistics() -> tuple[int, int]:
+    """Remove the kept statistics; (count, bytes) removed."""
+    from . import calibrating
+
+    return calibrating.clear_statistics(calibrating.calibration_folder())
+
+
+def statistics_line() -> str | None:
+    """What is kept of calibrations, in a sentence; None: nothing."""
+    from .calibrating import calibration_folder, kept_statistics
+
+    kept = kept_statistics(calibration_folder())
+    size = sum(path.stat().st_size for path in kept) / 1e6
+    return f"{calibration_folder()}: statistics of {len(kept)} calibrations, {size:.1f} MB" if kept else None
 
 
 def list_starts(folder: str | Path | None = None) -> list[dict[str, Any]]:
