@@ -225,6 +225,16 @@ def test_a_checkpoint_that_changed_meanwhile_is_noticed_and_the_residual_stays(t
     assert residuals.bases(wrapped) == before
 
 
+def test_codes_that_are_yet_to_be_saved_are_not_rearranged_for_the_cpu(base):
+    model = residuals.load(base)
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.support_avx512bf16_for_cpu = True  # as on such a CPU
+    wrapped = residuals.wrap(model)
+    assert layer.support_avx512bf16_for_cpu is False
+    wrapped.unload()
+    assert layer.support_avx512bf16_for_cpu is True
+
+
 def test_another_adapter_may_follow_once_the_base_is_back(base, tokens):
     wrapped = residuals.wrap(residuals.load(base))
     wrapped.delete_adapter("default")

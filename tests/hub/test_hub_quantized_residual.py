@@ -119,6 +119,13 @@ def test_the_auto_class_which_takes_the_original_base_is_refused(base, folder):
         AutoPeftModelForCausalLM.from_pretrained(folder)
 
 
+def test_it_loads_by_way_of_the_meta_device(base, folder, tokens):
+    expected = saved.outputs(PeftModel.from_pretrained(residual_of(folder), folder), tokens)
+    loaded = PeftModel.from_pretrained(residual_of(folder), folder, low_cpu_mem_usage=True)
+    assert torch.equal(saved.outputs(loaded, tokens), expected)
+    assert residual_errors(loaded)
+
+
 def test_another_adapter_s_residual_is_refused(base, folder, tmp_path):
     trained(base, r=3).save_pretrained(tmp_path / "other")
     with pytest.raises(BaseMismatchError, match="residual/"):

@@ -165,3 +165,19 @@ def test_corda_is_initialized_by_the_trainer_s_own_data(base, tmp_path, kind):
     if kind == "dpo":
         assert residual_errors(trainer.model, "ref") == residual_errors(trainer.model)
         assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_sorsa_s_regulariser_acts_and_is_demanded(base, tmp_path):
+    given = config("sorsa", weights=4e-4)
+    with pytest.raises(UnsupportedError, match="RegularizerCallback"):
+        runs.sft(residuals.load(base), tmp_path / "without", given).train()
+    trainer = runs.sft(residuals.load(base), tmp_path / "with", given, learning_rate=1e-2, max_steps=2)
+    trainer.add_callback(llmreg.RegularizerCallback())
+    trainer.train()
+    assert any("orthonormal" in key for log in trainer.state.log_history for key in log)
+
+
+def test_corda_over_the_base_as_its_reference_is_refused_before_data_is_read(base, tmp_path):
+    trainer = runs.dpo(residuals.load(base), tmp_path, config("corda"))
+    with pytest.raises(UnsupportedError, match="put the adapter on the model first"):
+        llmreg.initialize(trainer)
