@@ -21,7 +21,7 @@ from .conflicts import (
     check_training,
     chooses_ranks,
 )
-from .fields import check_fields
+from .fields import check_fields, hints
 from .schema import Recipe
 from .tasks import TASKS, TaskKind, config_class
 
@@ -147,7 +147,8 @@ def training_fields_left_out(kind: TaskKind) -> frozenset[str]:
 
 
 def _training_managed(kind: TaskKind) -> dict[str, str]:
-    renamed = {old: f"it has been renamed, write training.{new}" for old, new in _DEPRECATED.items()}
+    known = hints(config_class(kind))  # transformers before 5.18 has only the old names
+    renamed = {old: f"it has been renamed, write training.{new}" for old, new in _DEPRECATED.items() if new in known}
     return {**_TRAINING_MANAGED, **kind.refused, **renamed}
 
 
@@ -170,7 +171,7 @@ def _training(recipe: Recipe) -> Any:
     defaults: dict[str, Any] = {
         "use_cpu": not gpu,
         "bf16": gpu and not recipe.training.get("fp16", False) and torch.cuda.is_bf16_supported(),
-        "activation_checkpointing": gpu,
+        _checkpointing(arguments_class): gpu,
         "dataloader_pin_memory": gpu,
         "report_to": "none",
     }
@@ -180,6 +181,11 @@ def _training(recipe: Recipe) -> Any:
         return arguments_class(**settings)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise recipe.error(_field_in(str(error), "training", recipe.training), _sentence(error)) from None
+
+
+def _checkpointing(arguments_class: Any) -> str:
+    """The field that recomputes activations, by its name in the installed transformers."""
+    return next((name for name in _DEPRECATED.values() if name in hints(arguments_class)), "gradient_checkpointing")
 
 
 def _field_in(message: str, section: str, settings: dict[str, Any]) -> tuple[str, ...]:
