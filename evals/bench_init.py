@@ -185,12 +185,13 @@ def _memory_of(model_name: str, method: str) -> float:
     wrap(nn.Sequential(nn.Linear(64, 64)), method, ["0"], rank=4)  # libraries load before the measurement
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = _status("VmRSS")
+    before = resident("VmRSS")
     wrap(model, method, TARGETS[model_name])
-    return (_status("VmHWM") - before) / 1024
+    return (resident("VmHWM") - before) / 1024
 
 
-def _status(key: str) -> int:
+def resident(key: str) -> int:
+    """KiB of this process: `VmRSS` now, `VmHWM` at its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key))
 

@@ -67,6 +67,69 @@ def bench_init() -> list[str]:
     return rows
 
 
+def bench_calibration() -> list[str]:
+    """Starts from data against PEFT, calibration over bare passes, and what quantisation loses; what was measured."""
+    measured = read("bench_calibration")
+    sections = {name: section["result"] | {"clock": section.get("clock")} for name, section in measured.items()}
+    rows = ["| Llama, hidden 1024, 8 layers, 16 x 256 tokens | peer | exact | sketched |", "|---|---:|---:|---:|"]
+    for name, table in (("corda", _corda), ("eva", _eva), ("passes", _passes)):
+        rows += table(sections[name]) if name in sections else []
+    return [*rows, "", *_quantized(sections["quantization"], sections["eora"])]
+
+
+def _corda(result: dict[str, Any]) -> list[str]:
+    rows = []
+    for figure, label, unit in (
+        ("seconds", "CorDA of all linears, from data to factors, against PEFT", "s"),
+        ("decomposition", "the decomposition alone", "s"),
+        ("extra_mib", "extra memory", "MiB"),
+    ):
+        peft, cells = result[figure]["peft"], [result[figure][form] for form in ("exact", "sketch")]
+        ours = " | ".join(f"{cell:.{0 if cell > 50 else 1}f} {unit}, {peft / cell:.1f}x less" for cell in cells)
+        busy = ", wall time" if unit == "s" and result["clock"] == "wall" else ""
+        rows.append(f"| {label}{busy} | {peft:.0f} {unit} | {ours} |")
+    held = " | ".join(f"{result['energy'][form]['least']:.3f}" for form in ("exact", "sketch"))
+    return [*rows, f"| energy of `W C` in its components, over PEFT's, least of all layers | 1 | {held} |"]
+
+
+def _eva(result: dict[str, Any]) -> list[str]:
+    peft, cells = result["peft"], [result["seconds"][form] for form in ("exact", "sketch")]
+    stopped = f"{peft['seconds']:.0f} s" + ("" if peft["converged"] else ", not converged")
+    ours = " | ".join(f"{cell:.1f} s, {peft['seconds'] / cell:.1f}x less" for cell in cells)
+    held = " | ".join(f"{result['captured'][form]['least']:.3f}" for form in ("exact", "sketch"))
+    return [
+        f"| EVA of all linears, against PEFT | {stopped} | {ours} |",
+        f"| variance in its components, over the most possible, least of all layers | | {held} |",
+    ]
+
+
+def _passes(result: dict[str, Any]) -> list[str]:
+    rows = []
+    for method, label in (("corda", "CorDA"), ("eva", "EVA")):
+        ours = " | ".join(f"{result['ratio'][f'{method} {form}']:.2f}x the time" for form in ("exact", "sketch"))
+        rows.append(f"| calibration for {label}, against bare passes | {result['seconds']['bare']:.1f} s | {ours} |")
+    return rows
+
+
+def _quantized(quantization: dict[str, Any], eora: dict[str, Any]) -> list[str]:
+    methods = ("QLoRA", "LoftQ 1", "QPiSSA 1", "LoftQ 5", "QPiSSA 5")
+    rows = [
+        f"| NF4, error over QLoRA's, mean of all layers | {' | '.join(methods)} |",
+        "|---|" + "---:|" * len(methods),
+    ]
+    for name in ("pocket", "minilm"):
+        result = quantization[name]
+        for norm in ("frobenius", "nuclear"):
+            cells = " | ".join(f"{result['mean'][method][norm]:.3f}" for method in methods)
+            rows.append(f"| {name}, r {result['rank']}, {norm} norm | {cells} |")
+    rows += ["", "| NF4, relative output error on held-out text | none | SVD | EoRA |", "|---|---:|---:|---:|"]
+    for name in ("pocket", "minilm"):
+        result = eora[name]
+        cells = " | ".join(f"{result['mean'][kind]:.4f}" for kind in ("none", "svd", "eora"))
+        rows.append(f"| {name}, r {result['rank']}, mean of {len(result['layers'])} layers | {cells} |")
+    return rows
+
+
 def sweep() -> list[str]:
     """Every recipe at the best of the rates that were tried: means over the seeds, on both worlds."""
     rows: list[str] = []
@@ -181,6 +244,7 @@ def main() -> None:
     text = fill(text, "sweep", sweep())
     text = fill(text, "conditioning", conditioning())
     text = fill(text, "bench_adapters", bench_adapters())
+    text = fill(text, "bench_calibration", bench_calibration())
     write_text(readme, fill(text, "bench_init", bench_init()))
     if len(sys.argv) > 1:
         picture(json.loads(Path(sys.argv[1]).read_text()), ROOT / "docs" / "quickstart.png")

@@ -66,7 +66,10 @@ SWEEPS = {
         "pocket-bone", (5e-4, 1e-3, 2e-3), ("adapter.variant=bone", "adapter.r=32")
     ),
     "pocket-svfit": Sweep("quickstart", (1e-2, 3e-2, 1e-1), ("adapter.method=svfit", "adapter.r=64")),
-    "pocket-corda": Sweep("pocket-corda", (3e-4, 5e-4, 1e-3, 1.5e-3, 2e-3)),
+    "pocket-corda": Sweep("pocket-corda", (5e-4, 1e-3, 1.5e-3, 2e-3)),
+    "pocket-corda, the paper's factors": Sweep(
+        "pocket-corda", (5e-5, 1e-4, 2e-4, 5e-4, 1e-3), ("adapter.balance=false",)
+    ),
     "pocket-corda-kpm": Sweep("pocket-corda-kpm", (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)),
     # A holds the inverse of C there, so a small change of B is a large one where calibration saw little.
     "pocket-corda-kpm, the paper's factors": Sweep(

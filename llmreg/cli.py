@@ -182,6 +182,9 @@ def export(
     dtype: Dtype = None,
     check: Annotated[str | None, typer.Option(help="vllm: fail unless vLLM can serve the result.")] = None,
     base: Annotated[str | None, typer.Option(help="Folder or Hub id, for tiny adapters only.")] = None,
+    approximate: Annotated[
+        bool, typer.Option("--approximate", help="Consent to the error of an adapter beside a quantised residual.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write a saved adapter as plain LoRA of a chosen rank and dtype."""
@@ -189,7 +192,9 @@ def export(
 
     from .hub.export import export_lora
 
-    report = export_lora(_path(adapter), _path(folder), rank=rank, dtype=dtype, check=check, base=base)
+    report = export_lora(
+        _path(adapter), _path(folder), rank=rank, dtype=dtype, check=check, base=base, approximate=approximate
+    )
     if as_json:
         _print_json({"path": folder, **asdict(report)})
     else:
@@ -198,6 +203,8 @@ def export(
             f"{folder}: plain LoRA of rank {report.rank} in {report.dtype}, relative error {report.relative_error:.1e}"
             f"{served}"
         )
+        if report.approximation is not None:
+            typer.echo(f"an approximation: {report.approximation.in_words()}")
 
 
 @app.command()

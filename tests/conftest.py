@@ -56,9 +56,7 @@ def method(request, monkeypatch):
     """
     monkeypatch.setattr(request.param, "needs_regularizer", lambda self: False)
     if request.param.NEEDS_DATA:
-        monkeypatch.setattr("llmreg.adapters.model.start_from_data", made_up.start_from_made_up_data)
-        monkeypatch.setattr(request.param, "redistributes", lambda self: False)
-        monkeypatch.setattr(request.param, "new_ranks", lambda self, groups, surveys: None)
+        made_up.give_data(request.param, monkeypatch.setattr)
     return request.param
 
 

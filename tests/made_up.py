@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+import llmreg.adapters.model
 from llmreg.adapters.data_start import start_from_data, start_from_statistics, waiting_layers
 from llmreg.calibration import CalibrationReport, InputStatistics, Statistics
 
-__all__ = ["start_from_made_up_data", "statistics_for"]
+__all__ = ["give_data", "start_from_made_up_data", "statistics_for"]
+
+
+def give_data(config_class: Any, set_attribute: Callable[..., Any] = setattr) -> None:
+    """Let adapters of this class start as soon as they are put on a model, at the ranks that they were given."""
+    set_attribute(llmreg.adapters.model, "start_from_data", start_from_made_up_data)
+    set_attribute(config_class, "redistributes", lambda self: False)
+    set_attribute(config_class, "new_ranks", lambda self, groups, surveys: None)
 
 
 def statistics_for(widths: dict[str, int], need: Any, *, tokens: int = 200, seed: int = 0) -> Statistics:

@@ -9,12 +9,15 @@ from .config import AdditiveConfig
 from .data_configs import CordaConfig, EoraConfig, EvaConfig
 from .layer import AdditiveLayer
 from .model import AdditiveModel
-from .registry import ADDITIVE, BONE, SVFIT_TINY, register
+from .peft_namesakes import explain_namesakes
+from .registry import ADDITIVE, BONE, QUANTIZED_RESIDUAL, SVFIT_TINY, register
+from .residual import LayerError, residual_errors, residual_table
 from .svd_configs import PissaConfig, SorsaConfig, SvfitConfig
 
-for _kind in (ADDITIVE, SVFIT_TINY):
+for _kind in (ADDITIVE, SVFIT_TINY, QUANTIZED_RESIDUAL):
     register(_kind, AdditiveConfig, AdditiveModel, "lora_")
 register(BONE, BoneConfig, BoneModel, "bone_")
+explain_namesakes()
 
 __all__ = [
     "ADDITIVE",
@@ -28,7 +31,10 @@ __all__ = [
     "CordaConfig",
     "EoraConfig",
     "EvaConfig",
+    "LayerError",
     "PissaConfig",
     "SorsaConfig",
     "SvfitConfig",
+    "residual_errors",
+    "residual_table",
 ]

@@ -15,7 +15,7 @@ from peft import LoraConfig
 from ..errors import UnsupportedError
 from ..initializers import Factors
 from .loading import is_saving
-from .registry import ADDITIVE
+from .registry import ADDITIVE, QUANTIZED_RESIDUAL
 
 __all__ = ["REFUSED_FIELDS", "SUPPORTED_FIELDS", "AdditiveConfig", "base_change", "only"]
 
@@ -91,9 +91,9 @@ class AdditiveConfig(LoraConfig):
         r: Any = None  # `None` where the method chooses it
 
     METHOD: ClassVar[str] = ""
-    #: What the adapter holds and adds: a key of `forms.FORMS`.
+    #: What the adapter holds and adds, a key of `forms.FORMS`, unless `form()` says otherwise.
     FORM: ClassVar[str] = "difference"
-    #: The saved plain LoRA has this times `r` as its rank.
+    #: The saved plain LoRA has this times `r` as its rank, unless `saved_rank()` says otherwise.
     SAVED_RANK: ClassVar[int] = 2
     #: Whether the start is made from calibration data (`data_configs`), so that an adapter waits for it.
     NEEDS_DATA: ClassVar[bool] = False
@@ -114,6 +114,8 @@ class AdditiveConfig(LoraConfig):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        #: Read from the `adapter_config.json` of an adapter that only its sidecar can be mounted from.
+        self.needs_sidecar = getattr(self, "peft_type", None) == QUANTIZED_RESIDUAL
         if self.lora_alpha is None:
             self.lora_alpha = self.r
             self.alpha_pattern = self.alpha_pattern or dict(self.rank_pattern or {})
@@ -163,6 +165,18 @@ class AdditiveConfig(LoraConfig):
             )
         super().save_pretrained(save_directory, **kwargs)
 
+    def form(self) -> str:
+        """What an adapter of this config holds and adds: a key of `forms.FORMS`."""
+        return self.FORM
+
+    def saved_rank(self) -> int:
+        """How many times `r` the rank of the saved adapter is."""
+        return self.SAVED_RANK
+
+    def quantizes_residual(self) -> bool:
+        """Whether the base layers come to hold what is left beside the adapter, quantised (QPiSSA)."""
+        return False
+
     def needs_regularizer(self) -> bool:
         """Whether training must be given a regulariser that this config asks for."""
         return False
@@ -203,7 +217,7 @@ class AdditiveConfig(LoraConfig):
 
         `alpha / r` keeps with alpha doubled; with rsLoRA `alpha / sqrt(r)` keeps with alpha times sqrt(2).
         """
-        times = self.SAVED_RANK
+        times = self.saved_rank()
         grow = times**0.5 if self.use_rslora else times
         kept = {name: getattr(self, name) for name in (SUPPORTED_FIELDS - {"peft_type"}) | self.ALSO_SUPPORTED}
         assert self.lora_alpha is not None

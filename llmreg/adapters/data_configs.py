@@ -6,7 +6,8 @@ and hands them, one distinct layer input at a time (`DataGroup`), to the methods
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -32,7 +33,7 @@ from ..initializers import (
 from .config import AdditiveConfig
 from .convergence import Convergence
 from .data_group import DataGroup, DataLayer, second_moment
-from .svd_configs import DecomposedConfig
+from .svd_configs import ResidualConfig
 
 __all__ = ["CordaConfig", "DataConfig", "EoraConfig", "EvaConfig"]
 
@@ -44,6 +45,17 @@ class DataConfig(AdditiveConfig):
     NEEDS_DATA: ClassVar[bool] = True
     #: Whether the factors depend on the adapter's scaling.
     STARTS_WITH_SCALING: ClassVar[bool] = True
+
+    #: Names that PEFT's own config of the method has for a setting -> what to write here.
+    PEFTS_NAMES: ClassVar[dict[str, str]] = {}
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        for name in kwargs.keys() & cls.PEFTS_NAMES.keys():
+            raise UnsupportedError(
+                f"{name} is a setting of PEFT's own {cls.__name__}; llmreg.{cls.__name__} takes "
+                f"{cls.PEFTS_NAMES[name]}."
+            )
+        return super().__new__(cls, *args, **kwargs)
 
     def redistributes(self) -> bool:
         """Whether the start chooses ranks."""
@@ -69,12 +81,20 @@ class DataConfig(AdditiveConfig):
         """The rank of every layer, 0 to remove it; None: ranks stay."""
         return None
 
+    def needs_original(self) -> bool:
+        """Whether the start needs weights as they were before quantisation."""
+        return self.quantizes_residual()
+
     def new_alpha(self, alpha: float, rank: int, new_rank: int) -> float:
         """The `lora_alpha` of a layer whose rank changes: its scaling stays."""
         return scaled_alpha(alpha, rank, new_rank, self.use_rslora)
 
     def starts(self, group: DataGroup, survey: Any) -> list[Factors]:
         """The start of each layer of `group`."""
+        raise NotImplementedError
+
+    def decompositions(self, group: DataGroup, survey: Any) -> list[Callable[[Tensor], Factors]]:
+        """What makes the start of each layer of `group` from a matrix `(out, in)`, where residuals are quantised."""
         raise NotImplementedError
 
     def start_settings(self, layer: str = "") -> tuple:
@@ -85,7 +105,7 @@ class DataConfig(AdditiveConfig):
 
 
 @dataclass
-class CordaConfig(DecomposedConfig, DataConfig):
+class CordaConfig(ResidualConfig, DataConfig):
     """CorDA (arXiv 2406.05223): PiSSA's difference form over components weighed by the layer's inputs.
 
     `W C_f` is decomposed, `C_f` the damped second moment of the inputs on calibration data; the adapter trains the
@@ -102,7 +122,7 @@ class CordaConfig(DecomposedConfig, DataConfig):
         covariances: CorDA++'s covariance selection among this many sub-sets of the data; 1 takes all data as one.
             From a secondary source: the formulas were not checked against the paper (`initializers/corda_plus.py`).
         dynamic_ranks: CorDA++'s rank allocation within the parameters of a uniform `r`; from a secondary source too.
-        svd, oversample, power_iterations: as in `PissaConfig`.
+        svd, oversample, power_iterations, residual, residual_iterations: as in `PissaConfig`.
 
     Example:
         >>> CordaConfig(r=16, mode="kpm", target_modules="all-linear").mode
@@ -120,6 +140,12 @@ class CordaConfig(DecomposedConfig, DataConfig):
     dynamic_ranks: bool = field(default=False, metadata={"help": "CorDA++: allocate ranks by compactness"})
 
     METHOD: ClassVar[str] = "corda"
+    PEFTS_NAMES: ClassVar[dict[str, str]] = {
+        "corda_method": "mode='ipm' or mode='kpm'",
+        "cache_file": "its statistics through llmreg.initialize(..., cache=...)",
+        "covariance_file": "its statistics through llmreg.initialize(..., statistics=...)",
+        "use_float16_for_covariance": "sums in float32, or a sketch: llmreg.initialize(..., sketch=...)",
+    }
 
     def redistributes(self) -> bool:
         return self.dynamic_ranks
@@ -169,18 +195,23 @@ class CordaConfig(DecomposedConfig, DataConfig):
         return allocate_ranks(spectra, shapes, rank)
 
     def starts(self, group: DataGroup, survey: Any) -> list[Factors]:
+        decompositions = self.decompositions(group, survey)
+        return [decompose(layer.weight()) for layer, decompose in zip(group.layers, decompositions, strict=True)]
+
+    def decompositions(self, group: DataGroup, survey: Any) -> list[Callable[[Tensor], Factors]]:
+        """As in `DataConfig`; layers of one input share its damped moment."""
         used = {layer.name: 0 if survey is None else survey[layer.name][1] for layer in group.layers}
         moments = {index: self._damped(group.parts[index], group) for index in set(used.values())}
-        return [self._start(layer, moments[used[layer.name]]) for layer in group.layers]
+        return [functools.partial(self._start, layer, moments[used[layer.name]]) for layer in group.layers]
 
     def _damped(self, part: InputStatistics | None, group: DataGroup) -> Any:
         """Of an input that no token reached: the identity, which makes PiSSA's components of CorDA's."""
         moment = torch.eye(group.layers[0].shape[1]) if part is None else second_moment(part)
-        return damp(moment, self.damping, dtype=torch.float32, device=group.device)
+        return damp(moment, self.damping, dtype=torch.float32, device=group.device, overwrite=True)
 
-    def _start(self, layer: DataLayer, moment: Any) -> Factors:
+    def _start(self, layer: DataLayer, moment: Any, W: Tensor) -> Factors:
         return corda(
-            layer.weight(),
+            W,
             layer.rank,
             layer.scaling,
             moment,
@@ -225,6 +256,10 @@ class EvaConfig(DataConfig):
     FORM: ClassVar[str] = "projection"
     STARTS_WITH_SCALING: ClassVar[bool] = False
     SAVED_RANK: ClassVar[int] = 1
+    PEFTS_NAMES: ClassVar[dict[str, str]] = {
+        "adjust_scaling_factors": "adjust_scaling",
+        "label_mask_value": "use_label_mask alone: tokens of label -100 do not count",
+    }
     ALSO_SUPPORTED: ClassVar[frozenset[str]] = frozenset({"lora_dropout"})
 
     def __post_init__(self) -> None:
@@ -319,13 +354,16 @@ class EoraConfig(DataConfig):
         if self.svd not in ("randomized", "exact"):
             raise UnsupportedError(f"svd must be 'randomized' or 'exact', got {self.svd!r}.")
 
+    def needs_original(self) -> bool:
+        return True
+
     def start_settings(self, layer: str = "") -> tuple:
         return (*super().start_settings(layer), self.ridge, self.svd)
 
     def starts(self, group: DataGroup, survey: Any) -> list[Factors]:
         part = group.parts[0]
         moment = torch.eye(group.layers[0].shape[1]) if part is None else second_moment(part)
-        damped = damp(moment, self.ridge, dtype=torch.float64, device=group.device)
+        damped = damp(moment, self.ridge, dtype=torch.float64, device=group.device, overwrite=True)
         return [self._start(layer, damped) for layer in group.layers]
 
     def _start(self, layer: DataLayer, moment: Any) -> Factors:

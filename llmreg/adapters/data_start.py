@@ -6,7 +6,7 @@ A moment is damped (or its components found) once for all layers that share the 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,12 +17,14 @@ from ..calibration import InputStatistics, Statistics
 from ..errors import RecipeError, UnsupportedError, WeightError
 from ..initializers import Factors
 from ..progress import track
-from ..weights import OriginalWeights, gathered, read_weight, storage_of
+from ..weights import OriginalWeights, check_finite, gathered, read_weight, storage_of
 from .config import only
 from .data_configs import DataConfig
 from .data_group import DataGroup, DataLayer
 from .layer import AdditiveLayer
 from .loading import current_statistics
+from .quantized_start import forget_records, set_residual, share_residual
+from .rollback import unchanged_on_error
 from .start import broadcast_start, decomposing_device, is_distributed
 
 __all__ = ["start_from_data", "start_from_statistics", "waiting_adapters", "waiting_layers"]
@@ -77,13 +79,31 @@ def start_from_statistics(tuner: Any, adapter_name: str, statistics: Sequence[St
 
     Raises:
         RecipeError: the statistics lack a layer.
-        WeightError, UnsupportedError: what the method's initialiser refuses; names the layer.
+        WeightError, UnsupportedError: what the method's initialiser refuses; names the layer. Where base weights are to
+            become quantised residuals, the model and the config are then as they were.
     """
     config: DataConfig = tuner.peft_config[adapter_name]
+    if not config.quantizes_residual():
+        return _start(tuner, adapter_name, config, statistics)
+    forget_records(tuner)
+    before = dict(vars(config))
+    try:
+        with unchanged_on_error(tuner):
+            return _start(tuner, adapter_name, config, statistics)
+    except BaseException:
+        config.__dict__.update(before)
+        raise
+
+
+def _start(tuner: Any, adapter_name: str, config: DataConfig, statistics: Sequence[Statistics]) -> dict[str, int]:
     layers = waiting_layers(tuner.model, adapter_name)
-    original = _original_weights(config, tuner.model, layers)
+    weights = _original_weights(config, tuner.model, layers)
     members = _groups(layers, statistics)
-    groups = [_data_group(adapter_name, layers, parts, names, original) for parts, names in members]
+
+    def group_of(parts: tuple[InputStatistics | None, ...], names: Sequence[str]) -> DataGroup:
+        return _data_group(adapter_name, config, layers, parts, names, weights)
+
+    groups = [group_of(parts, names) for parts, names in members]
     surveys = [config.survey(group) for group in track(groups, f"{config.method}: looking at inputs")]
     ranks = _agreed(config.new_ranks(groups, surveys))
     if ranks is not None:
@@ -92,8 +112,7 @@ def start_from_statistics(tuner: Any, adapter_name: str, statistics: Sequence[St
         members = [(parts, [name for name in names if ranks[name]]) for parts, names in members]
     for (parts, names), survey in track(list(zip(members, surveys, strict=True)), f"{config.method}: decomposing"):
         if names:
-            group = _data_group(adapter_name, layers, parts, names, original)
-            _set_starts(adapter_name, config, group, survey, layers)
+            _set_starts(adapter_name, config, group_of(parts, names), survey, layers, weights)
     final = {name: layer.r[adapter_name] for name, layer in layers.items()}
     return final if ranks is None else {name: final.get(name, 0) for name in ranks}
 
@@ -147,7 +166,10 @@ def _copy_start(tuner: Any, adapter_name: str, sibling: str) -> None:
         _set_ranks(tuner, adapter_name, config, layers, ranks)
     for layer in shared.values():
         if layer.scaling[sibling] == layer.scaling[adapter_name] or not config.STARTS_WITH_SCALING:
+            layer.take_dtypes(adapter_name, sibling)
             layer.set_start(adapter_name, layer.start(sibling))
+    if config.quantizes_residual():
+        share_residual(tuner, adapter_name, start=False)
 
 
 # -- groups -------------------------------------------------------------------------------------------------------
@@ -174,13 +196,14 @@ def _groups(
 
 def _data_group(
     adapter_name: str,
+    config: DataConfig,
     layers: dict[str, Any],
     parts: tuple[InputStatistics | None, ...],
     names: Sequence[str],
-    original: Callable[[str, Any], Tensor] | None,
+    weights: OriginalWeights | None,
 ) -> DataGroup:
     device = decomposing_device()
-    members = tuple(_data_layer(name, layers[name], adapter_name, original, device) for name in names)
+    members = tuple(_data_layer(name, layers[name], adapter_name, config, weights, device) for name in names)
     for part in parts:
         if part is not None and part.dim != members[0].shape[1]:
             raise RecipeError(
@@ -190,34 +213,39 @@ def _data_group(
     return DataGroup(parts, members, device)
 
 
-def _data_layer(name: str, layer: Any, adapter_name: str, original: Any, device: Any) -> DataLayer:
+def _data_layer(
+    name: str, layer: Any, adapter_name: str, config: DataConfig, weights: OriginalWeights | None, device: Any
+) -> DataLayer:
     base = layer.get_base_layer()
 
-    def refuse() -> Tensor:
-        raise UnsupportedError(f"layer {name!r} has no full-precision weight to read.")
+    def original() -> Tensor:
+        if weights is None:
+            raise UnsupportedError(f"layer {name!r} has no full-precision weight to read.")
+        return weights.read(base, name, device=device)
+
+    stored = functools.partial(read_weight, base, name=name, device=device)
 
     return DataLayer(
         name=name,
         shape=(layer.out_features, layer.in_features),
         rank=layer.r[adapter_name],
         scaling=layer.scaling[adapter_name],
-        weight=functools.partial(read_weight, base, name=name, device=device),
-        original=refuse if original is None else functools.partial(original, name, base),
+        weight=original if config.quantizes_residual() else stored,
+        original=original,
     )
 
 
-def _original_weights(config: DataConfig, model: nn.Module, layers: dict[str, Any]) -> Any:
+def _original_weights(config: DataConfig, model: nn.Module, layers: dict[str, Any]) -> OriginalWeights | None:
     """What reads weights as they were before quantisation; None where the method does not ask for them."""
-    if config.METHOD != "eora":
+    if not config.needs_original():
         return None
     for name, layer in layers.items():
         if not storage_of(layer.get_base_layer()).quantized:
             raise UnsupportedError(
-                f"EoRA makes up for quantisation, and layer {name!r} is not quantised; load the model with a "
-                "BitsAndBytesConfig (nf4 or int8), or choose another method."
+                f"{config.METHOD} makes up for quantisation, and layer {name!r} is not quantised; load the model with "
+                "a BitsAndBytesConfig (nf4 or int8), or choose another method."
             )
-    weights = OriginalWeights(model)
-    return lambda name, base: weights.read(base, name, device=decomposing_device())
+    return OriginalWeights(model)
 
 
 # -- what they get ------------------------------------------------------------------------------------------------
@@ -247,11 +275,25 @@ def _set_ranks(
         keep_targets(config, [name for name, rank in ranks.items() if rank], removed)
 
 
-def _set_starts(adapter_name: str, config: DataConfig, group: DataGroup, survey: Any, layers: dict[str, Any]) -> None:
+def _set_starts(
+    adapter_name: str,
+    config: DataConfig,
+    group: DataGroup,
+    survey: Any,
+    layers: dict[str, Any],
+    weights: OriginalWeights | None,
+) -> None:
+    if config.quantizes_residual() and weights is not None:
+        for one, decompose in zip(group.layers, config.decompositions(group, survey), strict=True):
+            layer = layers[one.name]
+            set_residual(layer, adapter_name, one.name, one.weight(), decompose, weights, config.residual_iterations)
+        return
     with gathered([layers[layer.name].get_base_layer() for layer in group.layers]):
         try:
             starts: list[Factors] = config.starts(group, survey)
         except (WeightError, UnsupportedError) as error:
+            for layer in group.layers if isinstance(error, WeightError) else ():  # most often NaN or Inf
+                check_finite(layer.weight(), layer.name)
             raise type(error)(f"{_named(group)}: {error}") from error
     for layer, start in zip(group.layers, starts, strict=True):
         layers[layer.name].set_start(adapter_name, start)

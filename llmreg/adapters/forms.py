@@ -5,7 +5,8 @@
 | `Difference` (PiSSA) | `A`, `B` | `A0`, `B0` | `s (B A - B0 A0) x` | 2r |
 | `ScaledDifference` (SORSA) | `A`, `S`, `B` | `A0`, `S0`, `B0` | `s (B diag(S) A - B0 diag(S0) A0) x` | 2r |
 | `Spectral` (SVFit) | `S`, the change of `S0` | `A0 = V^T`, `B0 = U`, `S0` | `s B0 diag(S) A0 x` | r |
-| `Product` (EoRA) | `A`, `B` | `A0`, `B0` | `s B A x` | r |
+| `Product` (EoRA, QPiSSA) | `A`, `B` | `A0`, `B0` | `s B A x` | r |
+| `ScaledProduct` (SORSA beside a quantised residual) | `A`, `S`, `B` | `A0`, `S0`, `B0` | `s B diag(S) A x` | r |
 | `Projection` (EVA) | `A`, `B`, from zero | `A0` | `s B A x` | r |
 
 A layer keeps each in a container of its own (`lora_A`, `lora_S0`, ...), keyed by adapter, as PEFT does. PEFT calls a
@@ -34,6 +35,7 @@ __all__ = [
     "Product",
     "Projection",
     "ScaledDifference",
+    "ScaledProduct",
     "Spectral",
 ]
 
@@ -253,21 +255,68 @@ class Spectral(Form):
         return A0, B0 * S  # in the wider of the two dtypes
 
 
+def _follow_original(layer: Any, name: str) -> None:
+    """Let a copy beside one residual (TRL's reference) take the dtype of its original.
+
+    TRL casts what trains, after it was copied. A difference is zero in any dtype; a product is only rounded alike, so
+    that the policy begins as its reference to the last bit, in the same one.
+    """
+    original = layer.residual_copy.get(name)
+    if original is None or original not in layer.lora_A:
+        return
+    for container in layer.form(name).trained:
+        mine, theirs = (getattr(layer, container)[adapter].weight for adapter in (name, original))
+        if mine.dtype != theirs.dtype:
+            mine.data = mine.data.to(theirs.dtype)
+
+
+def _as(x: Tensor, A: Tensor) -> Tensor:
+    """The input in the dtype of the factors, where autocast does not choose one."""
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(A.dtype)
+
+
 class Product(Difference):
-    """A plain LoRA that begins somewhere else: EoRA's makes up for quantisation from the first step on."""
+    """A plain LoRA that begins somewhere else: EoRA's makes up for quantisation from the first step on, QPiSSA's for
+    what the quantised residual lacks."""
 
     starts_at_zero = False
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         module.check_trainable(active_adapter)
-        A, B = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
-        hidden = F.linear(module.lora_dropout[active_adapter](x), A)
+        A, B, *_ = module.factors(active_adapter).values()
+        hidden = F.linear(module.lora_dropout[active_adapter](_as(x, A)), A)
         return result + F.linear(hidden, B) * module.scaling[active_adapter]
+
+    @classmethod
+    def settle_dtypes(cls, layer: Any, name: str) -> None:
+        _follow_original(layer, name)
+        super().settle_dtypes(layer, name)
 
     @classmethod
     def low_rank(cls, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         return tensors["lora_A"], tensors["lora_B"]
+
+
+class ScaledProduct(ScaledDifference):
+    """As `Product`, with the singular values as a third factor."""
+
+    starts_at_zero = False
+
+    @staticmethod
+    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        module.check_trainable(active_adapter)
+        A, B, S, *_ = module.factors(active_adapter).values()
+        return result + F.linear(F.linear(_as(x, A), A) * S, B) * module.scaling[active_adapter]
+
+    @classmethod
+    def settle_dtypes(cls, layer: Any, name: str) -> None:
+        _follow_original(layer, name)
+        super().settle_dtypes(layer, name)
+
+    @classmethod
+    def low_rank(cls, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return tensors["lora_A"], tensors["lora_B"] * tensors["lora_S"]
 
 
 class Projection(Product):
@@ -288,11 +337,12 @@ class Projection(Product):
         return Factors(A, A.new_zeros(layer.out_features, len(A)), A.new_empty(0))
 
 
-#: The form of a config, by its `FORM`.
+#: The form of a config, by its `form()`.
 FORMS: dict[str, type[Form]] = {
     "difference": Difference,
     "scaled difference": ScaledDifference,
     "spectral": Spectral,
     "product": Product,
     "projection": Projection,
+    "scaled product": ScaledProduct,
 }

@@ -1,4 +1,4 @@
-"""A layer's weight put aside before merging, so that unmerging is bit-exact."""
+"""A layer's weight put aside before merging, so that unmerging is bit-exact; or replaced by another."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["copy_weight", "put_back"]
+__all__ = ["copy_weight", "put_back", "replace_weight"]
 
 
 def copy_weight(base: nn.Module) -> tuple[Any, Any]:
@@ -26,3 +26,13 @@ def put_back(base: Any, kept: tuple[Any, Any]) -> None:
         base.quant_state = weight.quant_state
     if state is not None:
         base.state = copy.copy(state)
+
+
+def replace_weight(base: Any, weight: nn.Parameter) -> None:
+    """Let a quantised layer hold another parameter. What it held stays as it was, for whoever still refers to it."""
+    base.weight = weight
+    if hasattr(weight, "quant_state"):
+        base.quant_state = weight.quant_state
+    if getattr(base, "state", None) is not None:
+        base.state = copy.copy(base.state)
+        base.state.CB = base.state.SCB = None  # the next forward takes them from the weight

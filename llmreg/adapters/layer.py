@@ -23,6 +23,7 @@ from .config import AdditiveConfig
 from .forms import CONTAINERS, FORMS, Form
 from .kept_weight import copy_weight, put_back
 from .loading import exact_factors
+from .residual import LayerError, WayBack, refuse_residual_alone, refuse_residual_merge
 
 __all__ = ["AdditiveLayer", "AdditiveLinear", "additive_class", "downgrade", "upgrade"]
 
@@ -47,6 +48,11 @@ class AdditiveLayer:
             self.waiting: set[str] = set()
             #: Of adapters with frozen vectors: their largest relative error (Frobenius) by the dtype they are kept in.
             self.vector_error: dict[str, float] = {}
+            #: Of the adapters for which the base layer holds a quantised residual: how well they make up `W` together.
+            self.residual_error: dict[str, LayerError] = {}
+            self.way_back: WayBack | None = None
+            #: Of adapters made as copies beside one residual: of which.
+            self.residual_copy: dict[str, str] = {}
 
     def form(self: Any, adapter_name: str) -> type[Form] | None:
         """The form of an additive adapter; None for a plain LoRA, or an adapter that this layer does not carry."""
@@ -55,7 +61,7 @@ class AdditiveLayer:
 
     def resolve_lora_variant(self: Any, *, config: Any, **kwargs: Any) -> LoraVariant | None:
         if isinstance(config, AdditiveConfig):
-            return FORMS[config.FORM]()
+            return FORMS[config.form()]()
         return super().resolve_lora_variant(config=config, **kwargs)  # type: ignore[misc]
 
     def update_layer(self: Any, adapter_name: str, r: int, lora_alpha: float, config: Any, **kwargs: Any) -> None:
@@ -71,7 +77,7 @@ class AdditiveLayer:
         self.lora_bias[adapter_name] = False
         dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.lora_dropout.update({adapter_name: dropout})
-        self.lora_variant[adapter_name] = FORMS[config.FORM]()
+        self.lora_variant[adapter_name] = FORMS[config.form()]()
         if config.exact_unmerge:
             self._exact_unmerge.add(adapter_name)
         if config.needs_regularizer():
@@ -118,6 +124,19 @@ class AdditiveLayer:
         self._unregularized.discard(adapter_name)
         self.waiting.discard(adapter_name)
         self.vector_error.pop(adapter_name, None)
+        self.residual_error.pop(adapter_name, None)
+        self.residual_copy.pop(adapter_name, None)
+
+    def keep_unpacked(self: Any) -> None:
+        """Keep bitsandbytes from rearranging 4-bit codes for a CPU, which discards scales that are yet to be saved."""
+        base = self.get_base_layer()
+        if hasattr(base, "support_avx512bf16_for_cpu"):
+            base.support_avx512bf16_for_cpu = False
+
+    def enable_adapters(self: Any, enabled: bool) -> None:
+        if not enabled and self.residual_error:
+            raise refuse_residual_alone()
+        super().enable_adapters(enabled)  # type: ignore[misc]
 
     def factors(self: Any, adapter_name: str) -> dict[str, Tensor]:
         """The factors of an additive adapter by container, trained ones first, in the dtypes that they compute in."""
@@ -135,6 +154,11 @@ class AdditiveLayer:
         self.form(adapter_name).set_start(self, adapter_name, start)
         self.waiting.discard(adapter_name)
 
+    def take_dtypes(self: Any, adapter_name: str, sibling: str) -> None:
+        """Keep an adapter's factors as those of a sibling are kept, so that both compute alike to the bit."""
+        for name in self.form(adapter_name).containers():
+            getattr(self, name)[adapter_name].to(getattr(self, name)[sibling].weight.dtype)
+
     @torch.no_grad()
     def wait(self: Any, adapter_name: str) -> None:
         """Let an additive adapter add nothing until it is given its start, and refuse to train it before."""
@@ -142,7 +166,8 @@ class AdditiveLayer:
         self.waiting.add(adapter_name)
 
     def start(self: Any, adapter_name: str) -> Factors:
-        """The start that an additive adapter was given."""
+        """The start that an additive adapter was given, in the dtypes that it computes in."""
+        self.form(adapter_name).settle_dtypes(self, adapter_name)
         return self.form(adapter_name).start(self, adapter_name)
 
     def set_regularized(self: Any, adapter_name: str, regularized: bool) -> None:
@@ -188,6 +213,8 @@ class AdditiveLayer:
         return delta.t() if self.fan_in_fan_out else delta
 
     def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        if self.residual_error:
+            raise refuse_residual_merge()
         if self._exact_unmerge and not self.merged:  # whichever adapter is merged first
             self._kept_weight = copy_weight(self.get_base_layer())
         try:
@@ -266,6 +293,9 @@ def upgrade(layer: Any) -> None:
 def downgrade(layer: Any) -> None:
     """Undo `upgrade` on a layer that holds no additive adapter."""
     added = [name for name in CONTAINERS if name not in LoraLayer.adapter_layer_names]
-    for name in (*added, "_kept_weight", "_exact_unmerge", "_unregularized", "waiting", "vector_error"):
+    state = (
+        "_kept_weight _exact_unmerge _unregularized waiting vector_error residual_error way_back residual_copy".split()
+    )
+    for name in (*added, *state):
         delattr(layer, name)
     layer.__class__ = type(layer).__mro__[2]  # the class that `AdditiveLayer` was mixed into

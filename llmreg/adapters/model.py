@@ -19,14 +19,16 @@ from peft.tuners.tuners_utils import (
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from ..errors import UnsupportedError, WeightError
+from ..errors import AdapterFileError, UnsupportedError, WeightError
 from ..weights import gathered, storage_of
 from .config import AdditiveConfig, base_change
 from .data_configs import DataConfig
-from .data_start import start_from_data
+from .data_start import start_from_data, waiting_layers
 from .forms import CONTAINERS, FORMS
 from .layer import AdditiveLayer, additive_class, downgrade, upgrade
 from .loading import exact_factors, expected_start, starts
+from .quantized_start import check_base, check_layer, restore_base, start_residual
+from .residual import check_together, has_residual, refuse_residual_alone, refuse_residual_merge
 from .rollback import unchanged_on_error
 from .start import start_factors
 from .stored_form import from_stored, to_stored
@@ -48,21 +50,31 @@ class AdditiveModel(TunerCalls, LoraModel):
             config = self.peft_config[adapter_name] = copy.copy(config)
         try:
             with unchanged_on_error(self):
+                check_together(self.peft_config)
+                if isinstance(config, AdditiveConfig):
+                    _check_model(config, model, adapter_name)
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
                 if isinstance(config, AdditiveConfig):
                     config.on_model = True
-                if isinstance(config, DataConfig) and starts():
-                    start_from_data(self, adapter_name)
-                elif isinstance(config, AdditiveConfig) and starts():
-                    start_factors(model, adapter_name, config, self.peft_config)
-                    expected = expected_start()
-                    if expected is not None:
-                        check_vectors(model, adapter_name, expected)
+                    if starts():
+                        self._start(adapter_name, config)
         except BaseException:
             self.peft_config.pop(adapter_name)
             if self.peft_config and not any(map(is_additive, self.peft_config.values())):
                 release(self)
             raise
+
+    def _start(self, adapter_name: str, config: AdditiveConfig) -> None:
+        """Give a new adapter its start, or let it wait for its data."""
+        if isinstance(config, DataConfig):
+            start_from_data(self, adapter_name)
+        elif config.quantizes_residual():
+            start_residual(self, adapter_name)
+        else:
+            start_factors(self.model, adapter_name, config, self.peft_config)
+            expected = expected_start()
+            if expected is not None:
+                check_vectors(self.model, adapter_name, expected)
 
     def _check_new_adapter_config(self, config: Any) -> None:
         """Refuse to let an additive adapter share its base with a plain LoRA that changes the base."""
@@ -111,7 +123,7 @@ class AdditiveModel(TunerCalls, LoraModel):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """As in PEFT, which turns half-precision factors into float32; but a form's own dtypes stay."""
         config = self.peft_config[adapter_name]
-        if not (isinstance(config, AdditiveConfig) and FORMS[config.FORM].own_dtypes):
+        if not (isinstance(config, AdditiveConfig) and FORMS[config.form()].own_dtypes):
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     # -- live form <-> stored form ------------------------------------------------------------------------------
@@ -129,7 +141,7 @@ class AdditiveModel(TunerCalls, LoraModel):
         live = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         if not isinstance(config, AdditiveConfig):
             return live
-        return to_stored(live, FORMS[config.FORM], tiny=is_tiny(config))
+        return to_stored(live, FORMS[config.form()], tiny=is_tiny(config), as_trained=config.quantizes_residual())
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -139,8 +151,41 @@ class AdditiveModel(TunerCalls, LoraModel):
         if isinstance(config, AdditiveConfig):
             exact = exact_factors()
             present = live_factors(model, adapter_name) if exact is None or is_tiny(config) else None
-            state_dict = from_stored(state_dict, exact, FORMS[config.FORM], present)
+            state_dict = from_stored(state_dict, exact, FORMS[config.form()], present)
+            for layer in waiting_layers(model, adapter_name).values():  # what is loaded is not waited for
+                layer.waiting.discard(adapter_name)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    # -- what a base that holds a quantised residual does not do, and the way back to its own weights ---------------
+
+    def disable_adapter_layers(self) -> None:
+        """As in PEFT; refused where the base without its adapter is a quantised residual."""
+        if has_residual(self.model):
+            raise refuse_residual_alone()
+        super().disable_adapter_layers()
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        if "__base__" in (kwargs.get("adapter_names") or ()) and has_residual(self.model):
+            raise refuse_residual_alone()
+        return super()._enable_peft_forward_hooks(*args, **kwargs)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        if has_residual(self.model):
+            raise refuse_residual_merge()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in PEFT; the last adapter beside a quantised residual gives the base its own weights back."""
+        if adapter_name in self.peft_config:
+            with unchanged_on_error(self):
+                restore_base(self, [adapter_name])
+        super().delete_adapter(adapter_name)
+
+    def unload(self) -> nn.Module:
+        """The base model bit for bit, also after a quantised residual was made of it."""
+        with unchanged_on_error(self):
+            restore_base(self, list(self.peft_config))
+        return super().unload()
 
     # -- what LoraModel offers and an additive adapter does not --------------------------------------------------
 
@@ -169,6 +214,22 @@ class AdditiveModel(TunerCalls, LoraModel):
         )
 
 
+def _check_model(config: AdditiveConfig, model: nn.Module, adapter_name: str) -> None:
+    """Refuse, before anything is changed, a model that cannot hold a quantised residual, and a config without one.
+
+    Raises:
+        AdapterFileError: the config was read from a folder whose sidecar, which its residual is known by, is missing.
+    """
+    if config.needs_sidecar:
+        raise AdapterFileError(
+            "The adapter lies beside a quantised residual, and its llmreg.json, by which that is recognised, is "
+            "missing; copy the whole folder, and load the adapter on its residual/."
+        )
+    fresh = starts() and not any(getattr(module, "residual_error", None) for module in model.modules())
+    if fresh and (config.quantizes_residual() or getattr(getattr(model, "config", None), "llmreg_residual", None)):
+        check_base(model, adapter_name)
+
+
 def _check_target(config: AdditiveConfig, base: nn.Module, name: str) -> None:
     """Refuse, by name, a layer that cannot be decomposed or that is smaller than its rank."""
     try:
@@ -178,6 +239,8 @@ def _check_target(config: AdditiveConfig, base: nn.Module, name: str) -> None:
     ranks = config.rank_pattern or {}
     rank = ranks.get(get_pattern_key(ranks.keys(), name)) or config.r
     config.check_layer(name, shape, rank)
+    if config.quantizes_residual():
+        check_layer(base, name)
     if rank > min(shape):
         raise WeightError(
             f"Rank {rank} is larger than layer {name!r} allows: its weight is {shape[0]} x {shape[1]}, so r can be at "

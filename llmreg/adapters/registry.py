@@ -16,7 +16,7 @@ from peft.utils.peft_types import PeftType
 
 from ..errors import LlmregError
 
-__all__ = ["ADDITIVE", "BONE", "SVFIT_TINY", "check_peft_version", "peft_type", "register"]
+__all__ = ["ADDITIVE", "BONE", "QUANTIZED_RESIDUAL", "SVFIT_TINY", "check_peft_version", "peft_type", "register"]
 
 _SUPPORTED = (Version("0.21"), Version("0.22"))
 
@@ -56,6 +56,8 @@ check_peft_version()
 BONE = peft_type("BONE")  # PEFT had it up to 0.18, and dropped it with everything that was saved under it
 #: What SVFit's tiny form is saved as, so that plain PEFT refuses it; a live adapter is `ADDITIVE`.
 SVFIT_TINY = peft_type("LLMREG_SVFIT_TINY")
+#: What an adapter beside a quantised residual is saved as: plain PEFT would add it to the wrong base.
+QUANTIZED_RESIDUAL = peft_type("LLMREG_QUANTIZED_RESIDUAL")
 ADDITIVE = peft_type("LLMREG_ADDITIVE")
 
 

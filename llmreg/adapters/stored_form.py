@@ -3,6 +3,7 @@
 live    <layer>.lora_A[.adapter].weight and what else its form has (`forms`)      rank r
 stored  <layer>.lora_A.weight = down   <layer>.lora_B.weight = up                 rank 2r; r for all but differences
 tiny    <layer>.lora_S.weight                                                     `Spectral` only, vectors recomputed
+trained <layer>.lora_A.weight   <layer>.lora_B.weight   (<layer>.lora_S.weight)     beside a quantised residual, rank r
 """
 
 from __future__ import annotations
@@ -27,15 +28,20 @@ def _is_factor(key: str) -> bool:
     return any(f".{container}." in key for container in CONTAINERS)
 
 
-def to_stored(live: dict[str, Tensor], form: type[Form] = Difference, *, tiny: bool = False) -> dict[str, Tensor]:
+def to_stored(
+    live: dict[str, Tensor], form: type[Form] = Difference, *, tiny: bool = False, as_trained: bool = False
+) -> dict[str, Tensor]:
     """Live tensors (adapter name in the key or not) -> the same keys for `lora_A`, `lora_B` of a plain LoRA.
 
     A frozen start follows the dtype of the factors, as in the forward pass. Other entries pass through. `tiny` keeps
-    the values `lora_S` alone.
+    the values `lora_S` alone, `as_trained` what trains.
     """
     stored = {key: value for key, value in live.items() if not _is_factor(key)}
     if tiny:
         return stored | {key: value for key, value in live.items() if ".lora_S." in key}
+    if as_trained:
+        trained = tuple(f".{container}." for container in form.trained)
+        return stored | {key: value for key, value in live.items() if any(part in key for part in trained)}
     for key in (key for key in live if ".lora_A0." in key):
         factors = {name: live[_sibling(key, name)].detach() for name in form.containers()}
         if not form.own_dtypes:
@@ -78,6 +84,10 @@ def from_stored(
         up = stored.get(_sibling(key, "lora_B"))
         if issubclass(form, Product) and up is not None:
             live.update({key: stored[key], _sibling(key, "lora_B"): up})
+            for name in form.frozen:  # an adapter that has no start (made on the meta device) takes this for it
+                start = (present or {}).get(_sibling(key, name))
+                if start is None or start.is_meta:
+                    live[_sibling(key, name)] = live[_sibling(key, name.removesuffix("0"))].clone()
             continue
         if form is Spectral and up is not None:
             parts = _spectral(key, stored[key], up, present or {})

@@ -13,9 +13,9 @@ from peft.utils.other import get_pattern_key
 from ..errors import UnsupportedError
 from ..initializers import Factors, pissa, rank_of_energy, singular_components, sliced_components
 from .config import AdditiveConfig, only
-from .registry import SVFIT_TINY
+from .registry import QUANTIZED_RESIDUAL, SVFIT_TINY
 
-__all__ = ["DecomposedConfig", "PissaConfig", "SorsaConfig", "SvfitConfig"]
+__all__ = ["DecomposedConfig", "PissaConfig", "ResidualConfig", "SorsaConfig", "SvfitConfig"]
 
 #: A layer's frozen vectors may take this share of its weight before consent is asked for.
 LARGE = 0.25
@@ -49,7 +49,55 @@ class DecomposedConfig(AdditiveConfig):
 
 
 @dataclass
-class PissaConfig(DecomposedConfig):
+class ResidualConfig(DecomposedConfig):
+    """Base of the methods that can train beside a quantised residual (see `quantized_start`).
+
+    Args:
+        residual: "difference" (default) leaves the base as it is. "quantized" is QPiSSA (arXiv 2404.02948): the base
+            layers, loaded in nf4, fp4 or int8, come to hold what the adapter does not carry, read from the
+            full-precision checkpoint and quantised as they are. The model then starts closer to the full-precision one
+            than QLoRA's, but a disabled adapter is no base and no reference any more: that is refused.
+        residual_iterations: times that residual and adapter are fitted to each other; the best is kept (paper: 5).
+    """
+
+    residual: Literal["difference", "quantized"] = field(
+        default="difference", metadata={"help": "quantized: the base comes to hold what the adapter does not (QPiSSA)"}
+    )
+    residual_iterations: int = field(default=5, metadata={"help": "how often the quantised residual is fitted"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.residual not in ("difference", "quantized"):
+            raise UnsupportedError(f"residual must be 'difference' or 'quantized', got {self.residual!r}.")
+        number = self.residual_iterations
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise UnsupportedError(
+                f"residual_iterations must be an integer of at least 1 (the paper's is 5), got {number!r}."
+            )
+
+    def quantizes_residual(self) -> bool:
+        return self.residual == "quantized"
+
+    def form(self) -> str:
+        return self.FORM.replace("difference", "product") if self.quantizes_residual() else self.FORM
+
+    def saved_rank(self) -> int:
+        return 1 if self.quantizes_residual() else self.SAVED_RANK
+
+    def saved_config(self) -> LoraConfig:
+        if not self.quantizes_residual():
+            return super().saved_config()
+        config = copy.copy(self)
+        config.peft_type = QUANTIZED_RESIDUAL
+        return config
+
+    def start_settings(self, layer: str = "") -> tuple:
+        quantized = ("quantized residual", self.residual_iterations) if self.quantizes_residual() else ()
+        return (*super().start_settings(layer), *quantized)
+
+
+@dataclass
+class PissaConfig(ResidualConfig):
     """PiSSA (arXiv 2404.02948) over an untouched base: `peft.get_peft_model(base, PissaConfig(r=16, ...))`.
 
     Trains `A`, `B`, which start at the principal components, and adds `s (B A - B0 A0) x`.
@@ -58,6 +106,7 @@ class PissaConfig(DecomposedConfig):
         svd: "randomized" (default) or "exact" truncated SVD of each targeted weight.
         oversample: extra columns of the randomised sketch; `None` = chosen from the rank.
         power_iterations: passes of the randomised SVD; `None` = default of `llmreg.linalg.truncated_svd`.
+        residual, residual_iterations: "quantized" is QPiSSA, see `ResidualConfig`.
 
     Example:
         >>> PissaConfig(r=16, target_modules="all-linear").lora_alpha
@@ -71,7 +120,7 @@ class PissaConfig(DecomposedConfig):
 
 
 @dataclass
-class SorsaConfig(DecomposedConfig):
+class SorsaConfig(ResidualConfig):
     """SORSA (arXiv 2409.00055): trains `A = V^T`, `S` and `B = U` of the principal part, kept near orthonormal.
 
     Adds `s (B diag(S) A - B0 diag(S0) A0) x` to an untouched `W x`; `s = 1` unless `lora_alpha` says otherwise. The
@@ -84,7 +133,7 @@ class SorsaConfig(DecomposedConfig):
         reduction: "mean" over all factors (the authors' code) or "sum" over layers (the paper's formula).
         decoupled: a step of its own beside the optimizer's, `gamma lr_t / lr_peak` long (the paper's update), in the
             manner of decoupled weight decay; False adds the term to the loss, where Adam's moments mix it in.
-        svd, oversample, power_iterations: as in `PissaConfig`.
+        svd, oversample, power_iterations, residual, residual_iterations: as in `PissaConfig`.
 
     Example:
         >>> SorsaConfig(r=16, target_modules="all-linear").weights
@@ -110,7 +159,10 @@ class SorsaConfig(DecomposedConfig):
         return bool(self.weights)
 
     def start(self, W: Any, rank: int, scaling: float, layer: str = "") -> Factors:
-        return singular_components(W, rank, **self.svd_options())
+        parts = singular_components(W, rank, **self.svd_options())
+        if self.quantizes_residual():  # the adapter's `s B diag(S) A` is itself a part of `W` then
+            return Factors(parts.A, parts.B, parts.singular_values / scaling)
+        return parts
 
 
 @dataclass

@@ -34,7 +34,7 @@ __all__ = ["CalibrationCache", "load_statistics", "save_statistics"]
 logger = logging.getLogger("llmreg")
 
 _HEADER = "llmreg_calibration"
-_FORMAT = 1
+_FORMAT = 2  # 2: the test matrices of sketches are bfloat16
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ class InputStatistics:
         if rows.count == 0:
             return
         scale = None if self.need.sample_scale is None else self._scales(X, rows)
-        if X.is_cuda and X.dtype in HALVES and isinstance(self.moment, TriangleSum) and _long(rows, scale):
+        if X.is_cuda and self._fits_tensor_cores(X, rows, scale):
             self._add_half(X if rows.index is None else X[rows.index], rows, scale)
         else:
             for span, piece in _pieces(X, rows):
@@ -124,19 +124,25 @@ class InputStatistics:
             self.sum += piece.sum(0) if scale is None else piece.mT @ scale
         self.moment.add(piece, scale)
 
+    def _fits_tensor_cores(self, X: Tensor, rows: TokenRows, scale: Tensor | None) -> bool:
+        if isinstance(self.moment, SketchSum):
+            return X.dtype == torch.bfloat16
+        return X.dtype in HALVES and (scale is None or rows.count >= _LONG_SAMPLE * rows.samples)
+
     def _add_half(self, X: Tensor, rows: TokenRows, scale: Tensor | None) -> None:
-        """Half-precision products are exact in tensor cores, so a scale goes onto each sample's product instead."""
-        assert isinstance(self.moment, TriangleSum)
-        weight = X.new_ones(1, dtype=torch.float32) if scale is None else scale
-        row_weight = weight[rows.sample_of] if scale is not None else weight.expand(rows.count)
-        norms = torch.linalg.vector_norm(X, dim=1, dtype=torch.float32) * row_weight
-        self.squares += norms.double().square().sum()
+        """Half-precision products are exact in tensor cores, so a scale goes onto the products instead."""
+        row_scale = None if scale is None else scale[rows.sample_of]
+        norms = torch.linalg.vector_norm(X, dim=1, dtype=torch.float32)
+        self.squares += (norms if row_scale is None else norms * row_scale).double().square().sum()
         if self.sum is not None:
-            self.sum += sum(part.float().mT @ w for part, w in zip(X.split(8192), row_weight.split(8192), strict=True))
-        if scale is None:
-            self.moment.add_half(X, None)
+            for start in range(0, rows.count, 8192):
+                span = slice(start, start + 8192)
+                part = X[span]
+                self.sum += part.sum(0, dtype=torch.float32) if row_scale is None else part.float().mT @ row_scale[span]
+        if isinstance(self.moment, SketchSum) or scale is None:
+            self.moment.add_half(X, row_scale)
             return
-        for number, part in enumerate(X.split(rows.sample_of.bincount().tolist())):
+        for number, part in enumerate(X.split(rows.sizes)):
             self.moment.add_half(part, scale[number].square())
 
     def _scales(self, X: Tensor, rows: TokenRows) -> Tensor:
@@ -254,7 +260,3 @@ def _pieces(X: Tensor, rows: TokenRows) -> Iterator[tuple[slice, Tensor]]:
     for start in range(0, rows.count, step):
         span = slice(start, min(start + step, rows.count))
         yield span, X[span] if rows.index is None else X.index_select(0, rows.index[span])
-
-
-def _long(rows: TokenRows, scale: Tensor | None) -> bool:
-    return scale is None or rows.count >= _LONG_SAMPLE * rows.samples

@@ -49,8 +49,11 @@ class TriangleSum:
     def add_half(self, X: Tensor, weight: Tensor | None) -> None:
         """Add `weight * X^T X` of a half-precision `X` on CUDA: exact products, float32 sums, on tensor cores."""
         for first, last, row in self._rows:
-            product = torch.mm(X[:, first:last].mT, X[:, first:], out_dtype=torch.float32)
-            row.add_(product if weight is None else product.mul_(weight))
+            product = _half_product(X[:, first:last].mT, X[:, first:])
+            if weight is None:
+                row.add_(product)
+            else:
+                row.addcmul_(product, weight)
 
     def dense(self) -> Tensor:
         """The whole symmetric (dim, dim) matrix, float32."""
@@ -64,7 +67,7 @@ class TriangleSum:
 
 
 class SketchSum:
-    """`sum X^T (X Omega)`, (dim, size) float32, with `Omega` Gaussian and drawn from `seed` alone.
+    """`sum X^T (X Omega)`, (dim, size) float32, with `Omega` Gaussian, in bfloat16, and drawn from `seed` alone.
 
     Attributes:
         flat: the sum; adding two of equal `dim`, `size` and `seed` adds the sketches.
@@ -79,7 +82,7 @@ class SketchSum:
 
     @property
     def omega(self) -> Tensor:
-        """The test matrix (dim, size), float32; one tensor is shared by all sketches of these sizes and this seed."""
+        """The test matrix (dim, size), bfloat16 numbers in float32; shared by all sketches of one size and seed."""
         if self._omega is None:
             self._omega = _test_matrix(self.dim, self.size, self.seed, self.flat.device)
         return self._omega
@@ -89,6 +92,20 @@ class SketchSum:
         with _full_precision():
             Z = X @ self.omega
             self.flat.addmm_(X.mT, Z if scale is None else Z.mul_(scale.square().unsqueeze(1)))
+
+    def add_half(self, X: Tensor, scale: Tensor | None) -> None:
+        """The same of a bfloat16 `X` on CUDA, on tensor cores, to float32's accuracy.
+
+        The test matrix is bfloat16 anyway; `X Omega` becomes three bfloat16 terms, which hold a float32 whole.
+        """
+        Z = _half_product(X, self.omega.bfloat16())
+        Z = Z if scale is None else Z.mul_(scale.square().unsqueeze(1))
+        terms = []
+        for _ in range(3):
+            terms.append(Z.bfloat16())
+            Z = Z - terms[-1].float()
+        Y = _half_product(X.mT, torch.cat(terms, dim=1))
+        self.flat += Y.view(self.dim, 3, self.size).sum(1)
 
     def factor(self, mean: Tensor | None = None, count: int = 0) -> Tensor:
         """`F` (dim, size) with `F F^T ~ sum X^T X`, less `count mean mean^T` where a mean is given (float64)."""
@@ -126,9 +143,16 @@ def _test_matrix(dim: int, size: int, seed: int, device: torch.device) -> Tensor
     key = (dim, size, seed, device)
     omega = _TEST_MATRICES.get(key)
     if omega is None:
-        omega = gaussian_sketch(dim, size, generator=make_generator(seed)).div_(dim**0.5).to(device)
+        omega = gaussian_sketch(dim, size, generator=make_generator(seed)).div_(dim**0.5).bfloat16().float().to(device)
         _TEST_MATRICES[key] = omega
     return omega
+
+
+def _half_product(X: Tensor, Y: Tensor) -> Tensor:
+    """`X @ Y` of half-precision matrices in float32: their products are exact there. On CUDA nothing is converted."""
+    if X.is_cuda:
+        return torch.mm(X, Y, out_dtype=torch.float32)
+    return X.float() @ Y.float()
 
 
 @contextmanager

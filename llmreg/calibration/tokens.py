@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -38,6 +39,11 @@ class TokenRows:
     sample_of: Tensor
     count: int
     samples: int
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Tokens of each sample; read from the device once for all layers of a batch."""
+        return self.sample_of.bincount().tolist()
 
     def to(self, device: torch.device) -> TokenRows:
         index = None if self.index is None else self.index.to(device)

@@ -15,10 +15,11 @@ from typing import Any, TypeGuard
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..adapters.registry import SVFIT_TINY
+from ..adapters.registry import QUANTIZED_RESIDUAL, SVFIT_TINY
 from ..files import write_text
 from .card_facts import Facts, gather, license_of_base, parse_recipe, read_config
 from .privacy import neutral_text
+from .residual_io import Approximation
 from .serving import served_rank, why_not_served
 from .sidecar import Sidecar, read_sidecar
 
@@ -57,6 +58,9 @@ def card_of(
         report=report,
         license=license_of_base(config, sidecar, online=online),
         relative_error=export.get("relative_error") if is_export else None,
+        approximation=Approximation(**export["approximation"]).in_words()
+        if is_export and export.get("approximation")
+        else None,
         exported=is_export,
     )
 
@@ -69,6 +73,7 @@ def model_card(
     report: Mapping[str, Any] | None = None,
     license: Mapping[str, str] | None = None,
     relative_error: float | None = None,
+    approximation: str | None = None,
     exported: bool = False,
 ) -> str:
     """A model card as text; writes nothing and asks nobody.
@@ -78,6 +83,7 @@ def model_card(
         recipe, report: of the run, with local names or without.
         license: "license", "license_name" and "license_link" of the base, as far as known.
         relative_error: of the recompression, if the adapter was recompressed. exported: it has no sidecar any more.
+        approximation: what the export gets wrong otherwise, as a sentence.
     """
     facts = gather(
         config,
@@ -86,6 +92,7 @@ def model_card(
         report or {},
         license=license,
         relative_error=relative_error,
+        approximation=approximation,
         exported=exported,
     )
     sections = (_summary, _origin, _how_to_load, _continuing, _results, _recipe, _versions)
@@ -161,6 +168,13 @@ def _summary(facts: Facts) -> str:
         lines.append(f"{facts.method.title}: {facts.method.what} Paper: {link}.")
     if facts.relative_error is not None:
         lines.append(f"Relative error of the recompression (Frobenius, all layers): {facts.relative_error:.3e}.")
+    if facts.approximation is not None:
+        lines.append(f"It was trained beside a quantised residual: {facts.approximation}")
+    if facts.config["peft_type"] == QUANTIZED_RESIDUAL.value:
+        lines.append(
+            "It was trained beside a quantised residual (QPiSSA, arXiv 2404.02948): the base in `residual/` holds what "
+            "the adapter does not carry, so that neither is anything without the other."
+        )
     if "license" not in facts.license:
         lines.append("The licence of the base model was not known when this card was written: look it up before use.")
     return "\n\n".join(lines)
@@ -215,9 +229,17 @@ def _how_to_load(facts: Facts) -> str:
     elif facts.base:
         revision = f', revision="{facts.revision}"' if facts.revision else ""
         base = f'transformers.{facts.task[1]}.from_pretrained("{facts.base}"{revision})'
+    if facts.config["peft_type"] == QUANTIZED_RESIDUAL.value:
+        labels = f", num_labels={len(classes)}" if classes else ""
+        base = f'transformers.{facts.task[1]}.from_pretrained(folder + "/residual"{labels})'
+        imports = "import huggingface_hub, peft, transformers"
     load = (
         f'base = {base}\nmodel = peft.PeftModel.from_pretrained(base, "owner/name")  # of this repository, or a folder'
     )
+    if facts.config["peft_type"] == QUANTIZED_RESIDUAL.value:  # a subfolder cannot be loaded beside an adapter
+        load = f'folder = huggingface_hub.snapshot_download("owner/name")\n{load}'.replace(
+            '"owner/name")  # of this repository, or a folder', "folder)  # "
+        )
     if classes:
         load += f"\nclasses = {list(map(str, classes))}"
     plain = f"With plain PEFT:\n\n```python\n{imports}\n\n{load}\n```"
@@ -228,6 +250,12 @@ def _how_to_load(facts: Facts) -> str:
             f"Plain PEFT refuses it (peft type {SVFIT_TINY.value}): it holds the change of the singular values alone, "
             "and the vectors are computed again from the base, which must be stored as it was in training. "
             "`llmreg export ADAPTER DIR` makes a plain LoRA of it."
+        )
+    if facts.config["peft_type"] == QUANTIZED_RESIDUAL.value:
+        plain = (
+            f"Plain PEFT refuses it (peft type {QUANTIZED_RESIDUAL.value}), since it belongs to the base in "
+            "`residual/` alone. `llmreg export ADAPTER DIR --approximate` makes a plain LoRA for the original base of "
+            "it, which is off by what quantisation lost."
         )
     parts = [f"## How to load it\n\n{plain}", _vllm(facts)]
     if facts.sidecar and not facts.exported:
@@ -258,6 +286,8 @@ def _vllm(facts: Facts) -> str:
 def _continuing(facts: Facts) -> str:
     if facts.sidecar and facts.config["peft_type"] == SVFIT_TINY.value:
         text = "With llmreg training resumes exactly, after base, singular values and vectors were checked."
+    elif facts.sidecar and facts.config["peft_type"] == QUANTIZED_RESIDUAL.value:
+        text = "With llmreg training resumes exactly, on the base in `residual/`, after its layers were compared."
     elif facts.sidecar and facts.config["peft_type"] in ("MISS", "BONE"):
         text = (
             "What is saved here are the trained tensors themselves, to the last bit. With llmreg training resumes "

@@ -43,6 +43,7 @@ class Facts:
     report: Mapping[str, Any]
     license: Mapping[str, str]
     relative_error: float | None
+    approximation: str | None
     exported: bool
     base: str | None
     revision: str | None
@@ -114,6 +115,7 @@ def gather(
     *,
     license: Mapping[str, str] | None = None,
     relative_error: float | None = None,
+    approximation: str | None = None,
     exported: bool = False,
 ) -> Facts:
     """The facts of one adapter, as `model_card` is given them."""
@@ -144,6 +146,7 @@ def gather(
         report=report,
         license=license or {},
         relative_error=relative_error,
+        approximation=approximation,
         exported=exported,
         base=base,
         revision=revision,

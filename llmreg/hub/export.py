@@ -18,11 +18,13 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..adapters.registry import QUANTIZED_RESIDUAL
 from ..errors import AdapterFileError, RecipeError
 from ..files import commit_folder, staged_folder, write_text
 from .card import model_card
-from .card_facts import license_of_base
+from .card_facts import license_of_base, read_config
 from .lora_files import PREFIX, check_new_folder, float_dtype, lora_scaling, read_lora
+from .residual_io import Approximation, residual_as_lora
 from .sidecar import read_sidecar
 from .vllm import check_vllm, vllm_lora_rank
 
@@ -38,6 +40,7 @@ class ExportReport:
         relative_error: Frobenius norm of what recompression dropped over the update's norm, all layers together.
         layer_errors: the same for each layer.
         vllm_rank: the `--max-lora-rank` that serves it, if that was checked.
+        approximation: of an adapter beside a quantised residual: how far the export on the original base is from it.
     """
 
     rank: int
@@ -45,6 +48,7 @@ class ExportReport:
     relative_error: float
     layer_errors: dict[str, float]
     vllm_rank: int | None = None
+    approximation: Approximation | None = None
 
 
 def recompress(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
@@ -78,6 +82,7 @@ def export_lora(
     dtype: str | torch.dtype | None = None,
     check: str | None = None,
     base: str | Path | None = None,
+    approximate: bool = False,
 ) -> ExportReport:
     """Write the adapter in `src` to `dst` as plain LoRA, without a sidecar.
 
@@ -88,13 +93,16 @@ def export_lora(
         base: the checkpoint of SVFit's tiny form, whose vectors are computed from it: `pocket`, a folder or a Hub id;
             by default the one that the adapter names. Other adapters need none.
         check: "vllm" writes nothing unless vLLM can serve the result.
+        approximate: consent to a plain LoRA of an adapter beside a quantised residual (`residual="quantized"`), whose
+            original base differs from what was trained on by an error that the report tells; of no other adapter.
 
     Returns:
-        `ExportReport`; its error also stands in the exported `README.md`.
+        `ExportReport`; its errors also stand in the exported `README.md`.
 
     Raises:
         RecipeError: a rank or dtype that makes no sense, a `dst` that is not empty, or a failed check.
         AdapterFileError: `src` is not a whole plain-LoRA adapter in safetensors.
+        UnsupportedError: an adapter beside a quantised residual, without `approximate`.
     """
     src, dst = Path(src), Path(dst)
     target_dtype = float_dtype(dtype)
@@ -103,7 +111,11 @@ def export_lora(
     if check not in (None, "vllm"):
         raise RecipeError(f"check {check!r} is not known; write vllm, or leave it out.")
     check_new_folder(dst)
-    config, tensors = read_lora(src, base)
+    approximation = None
+    if approximate:
+        config, tensors, approximation = _approximate(src)
+    else:
+        config, tensors = read_lora(src, base)
     _check_finite(tensors, f"the adapter in {src}")
     errors: dict[str, tuple[float, float]] = {}
     if rank is not None:
@@ -112,7 +124,7 @@ def export_lora(
     if target_dtype is not None:
         tensors = {key: value.to(target_dtype) for key, value in tensors.items()}
         _check_finite(tensors, f"the adapter in {target_dtype}")
-    report = _report(config, tensors, errors)
+    report = replace(_report(config, tensors, errors), approximation=approximation)
     with staged_folder(dst) as staging:
         save_file(tensors, staging / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(staging))
@@ -121,6 +133,16 @@ def export_lora(
         write_text(staging / "README.md", _card(src, config, report))
         commit_folder(staging, dst, marker=CONFIG_NAME)
     return report
+
+
+def _approximate(src: Path) -> tuple[LoraConfig, dict[str, Tensor], Approximation]:
+    kind = read_config(src)["peft_type"]
+    if kind != QUANTIZED_RESIDUAL.value:
+        raise RecipeError(
+            f"{src} holds a {kind} adapter, whose export is exact; leave approximate out, which is for adapters beside "
+            "a quantised residual."
+        )
+    return residual_as_lora(src, read_sidecar(src))
 
 
 def _served(folder: Path, src: Path) -> int:
@@ -202,5 +224,6 @@ def _card(src: Path, config: LoraConfig, report: ExportReport) -> str:
         report={"export": {"rank": report.rank, "dtype": report.dtype}},
         license=license_of_base(settings, sidecar, online=False),
         relative_error=report.relative_error,
+        approximation=report.approximation.in_words() if report.approximation else None,
         exported=True,
     )

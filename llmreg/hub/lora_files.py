@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..adapters.registry import SVFIT_TINY
-from ..errors import AdapterFileError, LlmregError, RecipeError
+from ..adapters.registry import QUANTIZED_RESIDUAL, SVFIT_TINY
+from ..errors import AdapterFileError, LlmregError, RecipeError, UnsupportedError
 from .sidecar import read_sidecar
 
 __all__ = ["HARMLESS_STARTS", "PREFIX", "check_new_folder", "float_dtype", "lora_scaling", "read_lora"]
@@ -59,6 +59,7 @@ def read_lora(folder: Path, base: str | Path | None = None) -> tuple[LoraConfig,
 
     Raises:
         AdapterFileError: no whole plain-LoRA adapter in safetensors, or one that belongs to changed base weights.
+        UnsupportedError: one beside a quantised residual.
     """
     if not (folder / CONFIG_NAME).is_file():
         raise AdapterFileError(
@@ -82,6 +83,12 @@ def read_lora(folder: Path, base: str | Path | None = None) -> tuple[LoraConfig,
             from .tiny_io import tiny_as_lora
 
             return tiny_as_lora(folder, read_sidecar(folder), base)
+        if kind == QUANTIZED_RESIDUAL.value:
+            raise UnsupportedError(
+                f"{folder} holds an adapter beside a quantised residual; on its original base a plain LoRA computes "
+                "the same only up to the error that quantisation left. llmreg export ADAPTER DIR --approximate "
+                "(llmreg.export_lora(..., approximate=True)) makes one and says how far off it is."
+            )
         config = LoraConfig(**settings) if kind == "LORA" else None
     except LlmregError:
         raise

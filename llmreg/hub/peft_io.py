@@ -38,6 +38,17 @@ from ..errors import AdapterFileError, UnsupportedError
 from ..files import commit_folder, staged_folder, write_json
 from .base_records import bare_record, base_record, remember_base
 from .bone_io import SavedBone, check_same_bone, finish_bone, is_block, layers_of, read_bone
+from .residual_io import (
+    RESIDUAL_NAME,
+    check_residual,
+    clear_residual,
+    is_residual,
+    mount_residual,
+    residual_content,
+    residual_record,
+    write_residual,
+    writes_residual,
+)
 from .sidecar import FACTORS_NAME, SIDECAR_NAME, Sidecar, read_sidecar, write_sidecar
 
 __all__ = ["find_sidecar", "install"]
@@ -99,23 +110,27 @@ def save_pretrained(self: PeftModel, *args: Any, **kwargs: Any) -> None:
         given["save_directory"] = str(staging)
         with saving():
             original(*call.args, **call.kwargs)
+        if writes_residual(self, names, target):
+            write_residual(self, staging / RESIDUAL_NAME)
         for name in additive:
             folder = staging if name == "default" else staging / name
-            _finish(self, name, folder, given["kwargs"].get("state_dict"))
+            _finish(self, name, folder, staging, given["kwargs"].get("state_dict"))
         _drop_sidecars(plain)
+        clear_residual(target)
         commit_folder(staging, target, marker=CONFIG_NAME)
     return None
 
 
 def _drop_sidecars(folders: list[Path]) -> None:
-    """Remove the sidecars of older adapters from folders that are about to hold a plain LoRA."""
+    """Remove what belongs to older adapters of llmreg's from folders that are about to hold a plain LoRA."""
     for folder in filter(Path.is_dir, folders):
+        clear_residual(folder)
         for name in (SIDECAR_NAME, FACTORS_NAME):
             (folder / name).unlink(missing_ok=True)
 
 
-def _finish(model: PeftModel, name: str, folder: Path, state_dict: dict[str, Any] | None) -> None:
-    """Give a folder that PEFT has written its plain LoRA config and its sidecar."""
+def _finish(model: PeftModel, name: str, folder: Path, root: Path, state_dict: dict[str, Any] | None) -> None:
+    """Give a folder that PEFT has written its plain LoRA config and its sidecar; a residual lies in `root`."""
     config = model.peft_config[name]
     if isinstance(config, BoneConfig):
         with safe_open(str(folder / SAFETENSORS_WEIGHTS_NAME), framework="pt") as file:
@@ -132,7 +147,13 @@ def _finish(model: PeftModel, name: str, folder: Path, state_dict: dict[str, Any
     }
     write_json(folder / CONFIG_NAME, plain)
     factors = live_factors(model, name, state_dict)
-    base = base_record(model, [key.split(".lora_")[0] for key in factors])
+    layers = [key.split(".lora_")[0] for key in factors]
+    if is_residual(config):
+        place = root / RESIDUAL_NAME
+        content = residual_content(model, name, place if place.is_dir() else None)
+        write_sidecar(folder, config, factors, residual_record(model, layers), residual=content)
+        return
+    base = base_record(model, layers)
     if is_tiny(config):
         if base.stored_bytes is None:
             raise UnsupportedError("storage='tiny' needs a base whose bytes can be hashed; set storage='lora'.")
@@ -183,7 +204,7 @@ def from_pretrained(cls: type[PeftModel], model: Any, model_id: Any, *args: Any,
     call.apply_defaults()
     sidecar = find_sidecar(model_id, **_hub_arguments(call.arguments["kwargs"]))
     given = call.arguments["config"]
-    if not (given is None or is_tiny(given)):
+    if not (given is None or is_tiny(given) or getattr(given, "needs_sidecar", False)):
         return original(*call.args, **call.kwargs)
     bone = read_bone(model_id, sidecar, **_hub_arguments(call.arguments["kwargs"]))
     if bone is not None:
@@ -201,7 +222,10 @@ def from_pretrained(cls: type[PeftModel], model: Any, model_id: Any, *args: Any,
     with _mounting(config, factors), saved_factors(factors):
         if is_tiny(config):
             call.arguments["low_cpu_mem_usage"] = False  # the vectors are computed, not loaded
-        return original(*call.args, **call.kwargs)
+        loaded = original(*call.args, **call.kwargs)
+    if is_residual(config):
+        mount_residual(loaded, call.arguments["adapter_name"], sidecar)
+    return loaded
 
 
 def _mounting(config: Any, factors: dict[str, Any]) -> AbstractContextManager:
@@ -238,13 +262,16 @@ def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, 
         _mount(self, sidecar, factors, call.arguments)
     else:
         _check_same_adapter(live, sidecar)
-        _check_base(sidecar, self, factors)
+        _check_base(sidecar, self, factors, live=True)
         _check_same_layers(self, adapter_name, sidecar, factors)
         if is_tiny(live):
             check_vectors(self, adapter_name, {key: part for key, part in factors.items() if ".lora_S." not in key})
         call.arguments["autocast_adapter_dtype"] = False  # PEFT would turn what trains in bf16 into fp32
     with saved_factors(factors):
-        return original(*call.args, **call.kwargs)
+        result = original(*call.args, **call.kwargs)
+    if live is None and is_residual(self.peft_config[adapter_name]):
+        mount_residual(self, adapter_name, sidecar)
+    return result
 
 
 def _load_bone(model: PeftModel, bone: SavedBone, live: Any, call: inspect.BoundArguments) -> Any:
@@ -289,8 +316,8 @@ def _add(model: PeftModel, config: Any, factors: dict[str, Any], given: dict[str
 
 def _check_same_adapter(live: AdditiveConfig, sidecar: Sidecar) -> None:
     saved = sidecar.adapter_config()
-    for name in ("method", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
-        mine, theirs = getattr(live, name), getattr(saved, name)
+    for name in ("method", "residual", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
+        mine, theirs = getattr(live, name, None), getattr(saved, name, None)
         if mine != theirs:
             raise AdapterFileError(
                 f"{sidecar.folder} holds an adapter with {name}={theirs!r}, the one to resume has {mine!r}; "
@@ -311,16 +338,16 @@ def _layer_names(factors: dict[str, Any]) -> set[str]:
     return {key.split(".lora_")[0] for key in factors if ".lora_" in key}
 
 
-def _check_base(sidecar: Sidecar, model: Any, factors: dict[str, Any]) -> None:
+def _check_base(sidecar: Sidecar, model: Any, factors: dict[str, Any], *, live: bool = False) -> None:
     """Refuse another base before anything is touched; log a note where the storage differs."""
     layers = layers_of(factors) or sorted(_layer_names(factors))
-    tiny = sidecar.config.get("storage") == "tiny"
+    tiny, residual = sidecar.config.get("storage") == "tiny", sidecar.config.get("residual") == "quantized"
     if isinstance(model, PeftModel):
         base = base_record(model, layers)
     else:
         bare = [name.removeprefix("base_model.model.") for name in layers]
-        base = bare_record(model, bare, sidecar.base.source, hashed=tiny)
-    note = sidecar.check_base(base)
+        base = bare_record(model, bare, sidecar.base.source, hashed=tiny or residual)
+    note = check_residual(sidecar, base, live=live) if residual else sidecar.check_base(base)
     if tiny:
         sidecar.check_same_bytes(base)
     if note:

@@ -22,6 +22,7 @@ from peft import LoraConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 
+from ..adapters.registry import QUANTIZED_RESIDUAL
 from ..errors import AdapterFileError, UnsupportedError, WeightError
 from .lora_files import HARMLESS_STARTS, PREFIX
 from .streaming import SafetensorsFile
@@ -102,6 +103,12 @@ def _read_config(folder: Path) -> LoraConfig:
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise AdapterFileError(f"{path} is damaged ({error!r}); copy the adapter again.") from error
     if kind != "LORA":
+        if kind == QUANTIZED_RESIDUAL.value:
+            raise UnsupportedError(
+                f"{folder} holds an adapter beside a quantised residual, and quantising their sum again would lose "
+                "what fitting them to each other gained; make a plain LoRA for the original base of it with llmreg "
+                "export ADAPTER DIR --approximate, and merge that."
+            )
         exported = "" if _is_bat(settings) else "make one of it with llmreg export and merge that, or "
         raise UnsupportedError(
             f"{folder} holds a {kind} adapter, and only plain LoRA can be merged; {exported}{_WITH_PEFT}."

@@ -16,11 +16,13 @@ from huggingface_hub import ModelCard
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from ..adapters.registry import QUANTIZED_RESIDUAL
 from ..errors import AdapterFileError, RecipeError
 from .bone_io import read_bone
 from .card import card_of
 from .card_facts import gather, parse_recipe, read_config
 from .privacy import hub_id, neutral, neutral_text
+from .residual_io import residual_files
 from .sidecar import FACTORS_NAME, SIDECAR_NAME, Sidecar, read_sidecar
 
 __all__ = ["CARD", "adapter_folder", "check_card", "contents", "one_line"]
@@ -96,6 +98,9 @@ def contents(folder: Path, *, online: bool) -> dict[str, bytes | Path]:
     }
     if sidecar:
         files |= {name: folder / name for name in (SIDECAR_NAME, *sidecar.files)}
+    if config["peft_type"] == QUANTIZED_RESIDUAL.value:
+        for path in residual_files(folder, sidecar):
+            files[path.relative_to(folder).as_posix()] = _residual_file(path)
     templates = sorted((folder / _TEMPLATES).glob("*.jinja")) if not (folder / _TEMPLATES).is_symlink() else []
     for path in [*(folder / name for name in _TOKENIZER), *templates]:
         if path.is_file() and not path.is_symlink() and not path.name.startswith("."):
@@ -125,6 +130,13 @@ def _without_local(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_local(item) for item in value]
     return None if isinstance(value, str) and neutral_text(value) != value else value
+
+
+def _residual_file(path: Path) -> bytes | Path:
+    if path.name != "config.json":
+        return path
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    return _edited(path, _without_local(settings), settings)
 
 
 def _tokenizer_file(path: Path) -> bytes | Path:

@@ -75,6 +75,8 @@ class Sidecar:
     start_hash: str
     versions: dict[str, str]
     layers: dict[str, list[int]] = field(default_factory=dict)
+    #: Of an adapter beside a quantised residual: each layer's errors, and the digest of its `residual/`.
+    residual: dict[str, Any] = field(default_factory=dict)
 
     def adapter_config(self) -> AdditiveConfig:
         """The config to mount the adapter with, as the method it was trained by."""
@@ -190,12 +192,14 @@ def start_hash(factors: dict[str, Tensor], frozen: tuple[str, ...]) -> str:
     return digest.hexdigest()
 
 
-def write_sidecar(folder: Path, config: AdditiveConfig, factors: dict[str, Tensor], base: BaseRecord) -> None:
+def write_sidecar(
+    folder: Path, config: AdditiveConfig, factors: dict[str, Tensor], base: BaseRecord, **more: Any
+) -> None:
     """Write both sidecar files beside the adapter that lies in `folder` already."""
     contiguous = {key: value.detach().contiguous() for key, value in factors.items()}
     save_file(contiguous, folder / FACTORS_NAME, metadata={"format": "pt"})
-    start = start_hash(factors, FORMS[config.FORM].frozen)
-    write_content(folder, config, [SAFETENSORS_WEIGHTS_NAME, FACTORS_NAME], base, start=start)
+    start = start_hash(factors, FORMS[config.form()].frozen)
+    write_content(folder, config, [SAFETENSORS_WEIGHTS_NAME, FACTORS_NAME], base, start=start, **more)
 
 
 def write_content(folder: Path, config: Any, files: list[str], base: BaseRecord, start: str = "", **more: Any) -> None:
@@ -242,8 +246,8 @@ def read_sidecar(folder: Path) -> Sidecar | None:
         factors = set() if fields["method"] == "bone" else {FACTORS_NAME}
         if set(fields["files"]) != {SAFETENSORS_WEIGHTS_NAME, *factors}:
             raise KeyError("files")
-        base, layers = BaseRecord(**content["base"]), content.get("layers", {})
-        return Sidecar(folder=folder, base=base, layers=layers, **fields)
+        more = {name: content.get(name, {}) for name in ("layers", "residual")}
+        return Sidecar(folder=folder, base=BaseRecord(**content["base"]), **more, **fields)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, AdapterFileError):
             raise

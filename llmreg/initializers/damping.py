@@ -144,6 +144,7 @@ def damp(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    overwrite: bool = False,
 ) -> DampedMoment | LowRankDampedMoment:
     """`C_f = C + d mean(diag C) I`, with what applies and inverts it; layers that share an input can share it.
 
@@ -157,6 +158,7 @@ def damp(
         damping: the first `d > 0`, relative to the mean of the diagonal.
         dtype: of the computation: None takes float64 for a float64 moment and float32 for all others.
         device: None stays where the moment is.
+        overwrite: the matrix may be damped in place, which spares a copy; `second_moment` must not be used afterwards.
 
     Raises:
         RecipeError: `damping` is not positive and finite.
@@ -182,7 +184,8 @@ def damp(
     else:
         _check_symmetric(values)
     rounding = max(torch.finfo(dtype).eps for dtype in (moment.values.dtype, values.dtype))
-    return _damp_dense(values, mean, damping, rounding)
+    is_own = overwrite or values.data_ptr() != moment.values.data_ptr()
+    return _damp_dense(values if is_own else values.clone(), mean, damping, rounding)
 
 
 def _check_symmetric(C: Tensor) -> None:
@@ -194,20 +197,21 @@ def _check_symmetric(C: Tensor) -> None:
 
 
 def _damp_dense(C: Tensor, mean: Tensor, damping: float, rounding: float) -> DampedMoment:
+    """Of `C`, in place."""
     shift = mean.expand(*C.shape[:-2], 1, 1) * damping
+    diagonal = C.diagonal(dim1=-2, dim2=-1)
+    undamped = diagonal.clone()
     size = torch.linalg.matrix_norm(C)[..., None, None]
     if bool((_ERROR_BOUND * rounding * size < _INVERSE_ERROR * shift).all()):
-        damped = C.clone()
-        damped.diagonal(dim1=-2, dim2=-1).add_(shift.squeeze(-1))
-        return DampedMoment(damped)
+        diagonal.add_(shift.squeeze(-1))
+        return DampedMoment(C)
     Z = _probes(C)
     for _ in range(_MAX_DOUBLINGS + 1):
-        damped = C.clone()
-        damped.diagonal(dim1=-2, dim2=-1).add_(shift.squeeze(-1))
-        L, failed = torch.linalg.cholesky_ex(damped)
-        settled = (failed == 0) & _is_inverse(damped @ torch.cholesky_solve(Z.expand(*L.shape[:-1], _PROBES), L), Z)
+        torch.add(undamped, shift.squeeze(-1), out=diagonal)
+        L, failed = torch.linalg.cholesky_ex(C)
+        settled = (failed == 0) & _is_inverse(C @ torch.cholesky_solve(Z.expand(*L.shape[:-1], _PROBES), L), Z)
         if bool(settled.all()):
-            return DampedMoment(damped, L)
+            return DampedMoment(C, L)
         shift = torch.where(settled[..., None, None], shift, 2 * shift)
     raise _not_invertible(damping)
 

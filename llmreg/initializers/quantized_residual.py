@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RecipeError, WeightError
-from ..linalg.operators import compute_matrix
+from ..linalg.operators import compute_matrix, is_finite
 from .factors import Factors
 
 __all__ = ["QuantizedResidual", "ResidualError", "quantized_residual"]
@@ -153,5 +153,5 @@ def _value(error: ResidualError, norm: Norm) -> float:
 def _check(W: Tensor, dequantized: Tensor) -> None:
     if dequantized.shape != W.shape:
         raise WeightError(f"quantize gave back {tuple(dequantized.shape)} for a residual of {tuple(W.shape)}.")
-    if not bool(dequantized.abs().amax().isfinite()):
+    if not is_finite(dequantized):
         raise WeightError("The weight or its quantised residual contains NaN or Inf; quantisation needs finite input.")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import WeightError
+from ..linalg.operators import is_finite
 
 __all__ = ["SecondMoment", "as_second_moment"]
 
@@ -47,7 +48,7 @@ class SecondMoment:
         if self.mean is not None and self.mean.shape[-1] != self.width:
             raise WeightError(f"The mean has {self.mean.shape[-1]} entries, the second moment {self.width} inputs.")
         for name, values in (("second moment", given), ("mean", self.mean)):
-            if values is not None and not bool(torch.isfinite(values.abs().amax())):
+            if values is not None and not is_finite(values):
                 raise WeightError(
                     f"The {name} of the layer's inputs contains NaN or Inf: an activation was not finite. Calibrate in "
                     "bfloat16 or float32 rather than float16, and look for the batch."

@@ -24,6 +24,7 @@ __all__ = [
     "TransposedOperator",
     "as_operator",
     "compute_matrix",
+    "is_finite",
 ]
 
 
@@ -75,6 +76,11 @@ def compute_matrix(W: Tensor, name: str = "W") -> Tensor:
     if W.ndim < 2:
         raise UnsupportedError(f"{name} has shape {tuple(W.shape)}; a matrix (..., m, n) is expected.")
     return W.detach().to(torch.float64 if W.dtype == torch.float64 else torch.float32)
+
+
+def is_finite(X: Tensor) -> bool:
+    """Whether no entry is NaN or Inf: the extremes tell, in one reading; `abs()` would first copy the whole matrix."""
+    return X.numel() == 0 or bool(torch.stack(torch.aminmax(X)).isfinite().all())
 
 
 def _product(X: Tensor, Y: Tensor) -> Tensor:

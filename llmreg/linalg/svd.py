@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmreg.errors import UnsupportedError, WeightError
 from llmreg.linalg.krylov import krylov_projection, leading_triplets, start_block, subspace_start
-from llmreg.linalg.operators import LinearOperator, ScaledOperator, TransposedOperator, as_operator
+from llmreg.linalg.operators import LinearOperator, ScaledOperator, TransposedOperator, as_operator, is_finite
 from llmreg.linalg.signs import fix_signs
 from llmreg.linalg.sketch import make_generator
 from llmreg.linalg.stopping import EnergyStop
@@ -184,7 +184,7 @@ def exact_svd(W: Tensor) -> Triplets:
     Raises:
         WeightError: NaN or Inf in `W`.
     """
-    if not bool(torch.linalg.vector_norm(W, ord=float("inf"), dim=(-2, -1)).isfinite().all()):
+    if not is_finite(W):
         raise WeightError("The matrix contains NaN or Inf; a singular value decomposition needs finite input.")
     try:
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)

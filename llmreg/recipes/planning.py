@@ -21,7 +21,7 @@ from .conflicts import (
     check_training,
     chooses_ranks,
 )
-from .fields import check_fields, hints
+from .fields import check_fields
 from .schema import Recipe
 from .tasks import TASKS, TaskKind, config_class
 
@@ -147,8 +147,10 @@ def training_fields_left_out(kind: TaskKind) -> frozenset[str]:
 
 
 def _training_managed(kind: TaskKind) -> dict[str, str]:
-    known = hints(config_class(kind))  # transformers before 5.18 has only the old names
-    renamed = {old: f"it has been renamed, write training.{new}" for old, new in _DEPRECATED.items() if new in known}
+    known = config_class(kind)
+    renamed = {
+        old: f"it has been renamed, write training.{new}" for old, new in _DEPRECATED.items() if hasattr(known, new)
+    }
     return {**_TRAINING_MANAGED, **kind.refused, **renamed}
 
 
@@ -168,10 +170,12 @@ def _training(recipe: Recipe) -> Any:
     arguments_class = config_class(kind)
     check_fields(recipe, "training", recipe.training, arguments_class, managed=_training_managed(kind))
     gpu = torch.cuda.is_available() and not recipe.training.get("use_cpu", False)
+    # transformers has renamed it; the older versions that are supported know the older name only.
+    renamed = hasattr(arguments_class, "activation_checkpointing")
     defaults: dict[str, Any] = {
         "use_cpu": not gpu,
         "bf16": gpu and not recipe.training.get("fp16", False) and torch.cuda.is_bf16_supported(),
-        _checkpointing(arguments_class): gpu,
+        "activation_checkpointing" if renamed else "gradient_checkpointing": gpu,
         "dataloader_pin_memory": gpu,
         "report_to": "none",
     }
@@ -181,11 +185,6 @@ def _training(recipe: Recipe) -> Any:
         return arguments_class(**settings)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise recipe.error(_field_in(str(error), "training", recipe.training), _sentence(error)) from None
-
-
-def _checkpointing(arguments_class: Any) -> str:
-    """The field that recomputes activations, by its name in the installed transformers."""
-    return next((name for name in _DEPRECATED.values() if name in hints(arguments_class)), "gradient_checkpointing")
 
 
 def _field_in(message: str, section: str, settings: dict[str, Any]) -> tuple[str, ...]:

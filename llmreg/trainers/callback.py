@@ -163,7 +163,7 @@ def _gradient(term: _Term, parameter: nn.Parameter, rows: bool) -> Tensor:
 
 def _terms(model: Any, given: Sequence[OrthonormalRegularizer] | None) -> Iterator[_Term]:
     for name, config in getattr(model, "peft_config", {}).items():
-        if not isinstance(config, AdditiveConfig) or not FORMS[config.FORM].orthonormal:
+        if not isinstance(config, AdditiveConfig) or not FORMS[config.form()].orthonormal:
             continue
         layers: list[Any] = [m for m in model.modules() if isinstance(m, AdditiveLayer) and m.form(name)]
         pairs = [(layer.lora_A[name].weight, layer.lora_B[name].weight) for layer in layers]

@@ -19,14 +19,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch.distributed as dist
-from torch import nn
-
 from ..adapters.data_configs import CordaConfig, DataConfig
 from ..adapters.data_start import start_from_data, start_from_statistics, waiting_adapters, waiting_layers
+from ..adapters.forms import FORMS
+from ..adapters.start import is_distributed
 from ..calibration import CalibrationCache, Statistics, calibrate
 from ..calibration.passes import Forward
 from ..errors import LlmregWarning, RecipeError, UnsupportedError
+from ..weights import gathering_forwards
 from .calibration_data import batches_of_trainer
 
 __all__ = ["InitializationReport", "initialize"]
@@ -102,93 +102,107 @@ def initialize(
     if trainer is None and calibration_dataset is not None:
         raise RecipeError("calibration_dataset needs a trainer, which tokenizes it; pass a dataloader with a model.")
     if trainer is not None:
-        _check_trainer(trainer, [tuner.peft_config[name] for name in names])
-    calibrations: list[Statistics] = []
-    ranks: dict[str, dict[str, int]] = {}
-    for name in names:
-        config: DataConfig = tuner.peft_config[name]
-        if ranks:  # a reference copy takes the start of the adapter that it copies
-            start_from_data(tuner, name)
-            if not waiting_layers(tuner.model, name):
-                ranks[name] = {
-                    layer: module.r[name] for layer, module in tuner.model.named_modules() if _has(module, name)
-                }
-                continue
-        gathered = [statistics] if isinstance(statistics, Statistics) else list(statistics or ())
-        if not gathered:
-            data = dataloader
-            if data is None:
-                data = _rows(trainer, config, calibration_dataset, samples, batch_size, seed)
-            options = {
-                "max_tokens": max_tokens,
-                "memory_budget": memory_budget,
-                "exact": exact,
-                "sketch": sketch,
-                "forward": forward,
-                "cache": cache,
-                "seed": seed,
-            }
-            gathered = _gather(model, tuner, name, config, data, options)
-            calibrations += gathered
-        ranks[name] = start_from_statistics(tuner, name, gathered)
+        _check_trainer(trainer, model, names)
+    given = [statistics] if isinstance(statistics, Statistics) else list(statistics or ())
+    rows = _Rows(trainer, calibration_dataset, samples, batch_size, seed)
+    options = {
+        "max_tokens": max_tokens,
+        "memory_budget": memory_budget,
+        "exact": exact,
+        "sketch": sketch,
+        "forward": forward,
+        "cache": cache,
+        "seed": seed,
+    }
+    work = _Work(model, tuner, given, dataloader, rows, options)
+    ranks = {name: work.start(name) for name in names}
     report = InitializationReport(
         adapters={name: tuner.peft_config[name].method for name in names},
         ranks=ranks,
-        calibration=tuple(one.describe() for one in calibrations),
+        calibration=tuple(one.describe() for one in work.gathered),
         seconds=time.perf_counter() - started,
-        calibration_seconds=sum(one.report.seconds for one in calibrations),
+        calibration_seconds=sum(one.report.seconds for one in work.gathered),
     )
     logger.info("%s initialized in %.1f s", ", ".join(names), report.seconds)
     return report
 
 
-def _has(module: nn.Module, name: str) -> bool:
-    return name in getattr(module, "lora_A", ())
+@dataclass(frozen=True)
+class _Rows:
+    """A trainer's data, or rows in its place."""
 
+    trainer: Any
+    dataset: Any
+    samples: int | None
+    batch_size: int | None
+    seed: int
 
-def _gather(
-    model: Any, tuner: Any, name: str, config: DataConfig, data: Iterable[Any], options: dict[str, Any]
-) -> list[Statistics]:
-    """The statistics that `config` needs, one for each sub-set of the data, on the base as it is without adapters."""
-    layers = waiting_layers(tuner.model, name)
-    rule = config.stopping_rule({layer: module.r[name] for layer, module in layers.items()})
-    parts: list[Iterable[Any]] = [data]
-    if config.candidates() > 1:
-        batches = list(data)
-        if len(batches) < config.candidates():
+    def batches(self, config: DataConfig) -> list[Any]:
+        if self.trainer is None:
             raise RecipeError(
-                f"covariances={config.candidates()} sub-sets cannot be made of {len(batches)} batches; give more data, "
-                "smaller batches, or covariances=1."
+                f"{config.method} starts from data: call llmreg.initialize(model, dataloader), with batches as the "
+                "model takes them."
             )
-        parts = [batches[first :: config.candidates()] for first in range(config.candidates())]
-        options = {**options, "cache": None}
-    distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    with _bare(model):
-        return [
-            calibrate(tuner.model, part, layers, config.need(), until=rule, distributed=distributed, **options)
-            for part in parts
-        ]
+        if self.dataset is None and isinstance(config, CordaConfig) and config.mode == "kpm":
+            warnings.warn(
+                "CorDA's knowledge-preserved mode keeps what its calibration data shows, and is given the training "
+                "data here; pass calibration_dataset= with what is to be kept.",
+                LlmregWarning,
+                stacklevel=4,
+            )
+        return batches_of_trainer(
+            self.trainer, self.dataset, samples=self.samples, batch_size=self.batch_size, seed=self.seed
+        )
 
 
-def _rows(
-    trainer: Any, config: DataConfig, dataset: Any, samples: int | None, batch_size: int | None, seed: int
-) -> list[Any]:
-    if trainer is None:
+@dataclass
+class _Work:
+    """One call of `initialize`; `gathered` are the statistics that it took itself."""
+
+    model: Any
+    tuner: Any
+    given: list[Statistics]
+    dataloader: Iterable[Any] | None
+    rows: _Rows
+    options: dict[str, Any]
+    gathered: list[Statistics] = field(default_factory=list)
+
+    def start(self, name: str) -> dict[str, int]:
+        """Start one adapter; from a sibling that was started a moment ago where it has the same settings."""
+        start_from_data(self.tuner, name)
+        if waiting_layers(self.tuner.model, name):
+            return start_from_statistics(self.tuner, name, self.given or self._gather(name))
+        layers = self.tuner.model.named_modules()
+        return {layer: module.r[name] for layer, module in layers if name in getattr(module, "lora_A", ())}
+
+    def _gather(self, name: str) -> list[Statistics]:
+        """The statistics that the adapter needs, one for each sub-set of the data, of the base without adapters."""
+        config: DataConfig = self.tuner.peft_config[name]
+        layers = waiting_layers(self.tuner.model, name)
+        rule = config.stopping_rule({layer: module.r[name] for layer, module in layers.items()})
+        data = self.rows.batches(config) if self.dataloader is None else self.dataloader
+        parts, options = [data], self.options
+        if config.candidates() > 1:  # their cache entries would all have the key of the whole
+            parts, options = _subsets(data, config.candidates()), {**options, "cache": None}
+        with _bare(self.model), gathering_forwards(self.model):
+            found = [
+                calibrate(
+                    self.tuner.model, part, layers, config.need(), until=rule, distributed=is_distributed(), **options
+                )
+                for part in parts
+            ]
+        self.gathered += found
+        return found
+
+
+def _subsets(data: Iterable[Any], number: int) -> list[Iterable[Any]]:
+    batches = list(data)
+    if len(batches) < number:
         raise RecipeError(
-            f"{config.method} starts from data: call llmreg.initialize(model, dataloader), with batches as the model "
-            "takes them."
+            f"covariances={number} sub-sets cannot be made of {len(batches)} batches; give more data, smaller batches, "
+            "or covariances=1."
         )
-    if dataset is None and isinstance(config, CordaConfig) and config.mode == "kpm":
-        warnings.warn(
-            "CorDA's knowledge-preserved mode keeps what its calibration data shows, and is given the training data "
-            "here; pass calibration_dataset= with what is to be kept.",
-            LlmregWarning,
-            stacklevel=4,
-        )
-    batches = batches_of_trainer(trainer, dataset, samples=samples, batch_size=batch_size, seed=seed)
-    if not batches:
-        raise RecipeError("the calibration data is empty: there was not one row")
-    return batches
+    return [batches[first::number] for first in range(number)]
 
 
 @contextmanager
@@ -211,12 +225,22 @@ def _tuner(model: Any) -> Any:
     return tuner
 
 
-def _check_trainer(trainer: Any, configs: Sequence[DataConfig]) -> None:
-    if trainer.optimizer is not None and any(config.redistributes() for config in configs):
+def _check_trainer(trainer: Any, model: Any, names: Sequence[str]) -> None:
+    configs = {name: model.peft_config[name] for name in names}
+    if trainer.optimizer is not None and any(config.redistributes() for config in configs.values()):
         raise UnsupportedError(
             "ranks are chosen from the data, and the trainer has its optimizer already; call "
             "llmreg.initialize(trainer) before train(), and let the trainer make the optimizer."
         )
+
+    reference_is_base = getattr(trainer, "ref_model", model) is None and getattr(trainer, "beta", 1) != 0
+    for config in configs.values():
+        if reference_is_base and "ref" not in model.peft_config and not FORMS[config.form()].starts_at_zero:
+            raise UnsupportedError(
+                f"{config.method} makes the model differ from its base at once, and this trainer's reference is the "
+                "base; put the adapter on the model first (peft.get_peft_model) and pass that: the trainer then keeps "
+                "a copy of the adapter as its reference."
+            )
 
 
 def _nothing_to_do(model: Any) -> UnsupportedError:

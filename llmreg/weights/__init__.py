@@ -4,9 +4,9 @@ from llmreg.weights.finite import check_finite
 from llmreg.weights.hashing import bytes_hash, module_bytes_hash
 from llmreg.weights.identity import Identity, identity_hash
 from llmreg.weights.original import OriginalWeights, original_checkpoint
-from llmreg.weights.quantized import dequantize, requantize
+from llmreg.weights.quantized import dequantize, requantize, stored_tensors
 from llmreg.weights.read import read_weight
-from llmreg.weights.sharded import gathered, is_sharded
+from llmreg.weights.sharded import gathered, gathering_forwards, is_sharded
 from llmreg.weights.source import SafetensorsSource
 from llmreg.weights.storage import Storage, is_supported, storage_of
 
@@ -19,6 +19,7 @@ __all__ = [
     "check_finite",
     "dequantize",
     "gathered",
+    "gathering_forwards",
     "identity_hash",
     "is_sharded",
     "is_supported",
@@ -27,4 +28,5 @@ __all__ = [
     "read_weight",
     "requantize",
     "storage_of",
+    "stored_tensors",
 ]

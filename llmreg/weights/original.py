@@ -61,6 +61,7 @@ class OriginalWeights:
                 "which holds none here; load the model from its full-precision checkpoint with a quantization_config, "
                 "or name that checkpoint: with llmreg.weights.original_checkpoint(folder): ..."
             )
+        self.folder = folder
         self._source = SafetensorsSource(folder)
 
     def read(self, base: Any, name: str, *, device: torch.device | str | None = None) -> Tensor:
@@ -73,14 +74,7 @@ class OriginalWeights:
         Raises:
             WeightError: the checkpoint lacks it, has another shape, or is not what this layer was quantised from.
         """
-        storage = storage_of(base)
-        W = self._source.read_weight_of(name)
-        if tuple(W.shape) != storage.shape or not W.is_floating_point():
-            raise WeightError(
-                f"layer {name!r} is {storage.shape}, and {self._source.path} holds {tuple(W.shape)} {W.dtype} for it; "
-                "give the full-precision checkpoint of this very model"
-            )
-        W = W.to(device=base.weight.device if device is None else device, dtype=torch.float32)
+        W = self.reread(base, name, device=device)
         error = W - read_weight(base, name=name, device=W.device)
         if not float(error.norm()) <= _MOST_ERROR * float(W.norm()):
             raise WeightError(
@@ -88,3 +82,14 @@ class OriginalWeights:
                 "weight; give the full-precision checkpoint of this very model"
             )
         return W
+
+    def reread(self, base: Any, name: str, *, device: torch.device | str | None = None) -> Tensor:
+        """As `read`, of a layer that holds something else by now, so that only the shapes are compared."""
+        storage = storage_of(base)
+        W = self._source.read_weight_of(name)
+        if tuple(W.shape) != storage.shape or not W.is_floating_point():
+            raise WeightError(
+                f"layer {name!r} is {storage.shape}, and {self._source.path} holds {tuple(W.shape)} {W.dtype} for it; "
+                "give the full-precision checkpoint of this very model"
+            )
+        return W.to(device=base.weight.device if device is None else device, dtype=torch.float32)

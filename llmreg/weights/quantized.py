@@ -23,7 +23,7 @@ from llmreg.errors import UnsupportedError, WeightError
 from llmreg.weights.finite import all_finite, check_finite
 from llmreg.weights.storage import Storage, describe, quant_state_4bit, storage_of
 
-__all__ = ["dequantize", "requantize"]
+__all__ = ["dequantize", "requantize", "stored_tensors"]
 
 _CPU_ROWS = 32  # rows that bitsandbytes interleaves in its AVX512-BF16 layout
 _BITSANDBYTES_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -101,6 +101,22 @@ def requantize(module: nn.Module, W: torch.Tensor, *, name: str = "") -> nn.Para
     if storage.kind in ("nf4", "fp4"):
         return _requantize_4bit(module, W, name)
     raise UnsupportedError(f"{_layer(name)}: {describe(module)} holds no data yet; load the model first")
+
+
+def stored_tensors(weight: nn.Parameter) -> list[torch.Tensor]:
+    """Everything by which two weights differ that `requantize` made for the same module: to be sent to another rank.
+
+    Args:
+        weight: `Params4bit` or `Int8Params`, as `requantize` returned it.
+
+    Returns:
+        The tensors that it uses, not copies; packed codes as bytes.
+    """
+    if type(weight).__name__ == "Int8Params":
+        return [weight.data.as_subclass(torch.Tensor), weight.SCB]  # type: ignore[attr-defined]
+    state = weight.quant_state  # type: ignore[attr-defined]
+    nested = [state.offset, state.state2.absmax] if state.nested else []
+    return [_as_bytes(weight.data), state.absmax, *nested]
 
 
 def quantized_parts(module: nn.Module, storage: Storage, name: str) -> Iterator[tuple[str, torch.Tensor | str]]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
 
 from llmreg.weights.storage import is_dtensor
 
-__all__ = ["gathered", "is_sharded"]
+__all__ = ["gathered", "gathering_forwards", "is_sharded"]
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -35,4 +35,42 @@ def gathered(modules: Iterable[nn.Module]) -> Iterator[None]:
     import deepspeed
 
     with deepspeed.zero.GatheredParameters(weights, modifier_rank=None):
+        yield
+
+
+@contextmanager
+def gathering_forwards(model: nn.Module) -> Iterator[None]:
+    """Within the context forwards of a model whose weights ZeRO-3 has partitioned work without its engine: every module
+    has its own weights whole while it runs, one module at a time. A no-op without ZeRO-3.
+
+    A collective: all ranks must run equally many forwards through the same modules.
+    """
+    held: dict[nn.Module, ExitStack] = {}
+
+    def take(module: nn.Module, inputs: Any) -> None:
+        held[module] = stack = ExitStack()
+        stack.enter_context(_whole_parameters(module))
+
+    def release(module: nn.Module, inputs: Any, output: Any) -> None:
+        held.pop(module).close()
+
+    handles = []
+    for module in model.modules():
+        if any(hasattr(parameter, "ds_id") for parameter in module.parameters(recurse=False)):
+            handles += [module.register_forward_pre_hook(take, prepend=True), module.register_forward_hook(release)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for stack in held.values():  # of a forward that failed
+            stack.close()
+
+
+@contextmanager
+def _whole_parameters(module: nn.Module) -> Iterator[None]:
+    import deepspeed
+
+    own: list[Any] = [parameter for parameter in module.parameters(recurse=False) if hasattr(parameter, "ds_id")]
+    with deepspeed.zero.GatheredParameters([p for p in own if p.ds_status.name != "AVAILABLE"], modifier_rank=None):
         yield

@@ -85,6 +85,8 @@ def test_this_module_knows_a_value_for_every_refused_field_and_an_effect_of_ever
 
 @pytest.mark.parametrize("name", sorted(REFUSED_FIELDS))
 def test_a_refused_field_raises_with_its_name_and_the_reason(method, name):
+    if name in method.ALSO_SUPPORTED:
+        pytest.skip("this method supports it")
     with pytest.raises(UnsupportedError) as caught:
         method(**TARGETS, **{name: REFUSED_VALUES[name]})
     assert f"{method.__name__} does not support {name}=" in str(caught.value)
@@ -175,7 +177,16 @@ def check_fan_in_fan_out(method):
             config = method(**TARGETS, fan_in_fan_out=given)
             model = peft.get_peft_model(builder(), config)
             assert model.base_model.model.first.fan_in_fan_out is transposed
-            assert config.fan_in_fan_out is transposed
+            assert model.peft_config["default"].fan_in_fan_out is transposed
+
+
+def test_dropout_acts_in_training_where_it_is_supported(method):
+    if "lora_dropout" not in method.ALSO_SUPPORTED:
+        pytest.skip("this method refuses dropout")
+    model = tiny_models.perturb(wrapped(method, lora_dropout=0.5))
+    x = tiny_models.inputs()
+    assert torch.equal(model.eval()(x), model(x))
+    assert not torch.equal(model.train()(x), model(x))
 
 
 def check_inference_mode(method):

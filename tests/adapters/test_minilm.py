@@ -40,7 +40,8 @@ def test_a_classifier_learns_with_its_head_and_the_base_stays_as_it_was(method, 
     assert torch.equal(logits(model, batch), before)
     head = model.base_model.model.classifier
     assert head.modules_to_save["default"].weight.requires_grad
-    rate = 5e-2 if method.METHOD == "svfit" else 2e-3  # a few values a layer need a larger one
+    # A few values a layer, and a product that starts at zero, need a larger one.
+    rate = {"svfit": 5e-2, "eva": 2e-2}.get(method.METHOD, 2e-3)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
     losses = []
     for _ in range(8):
@@ -60,6 +61,8 @@ def test_a_classifier_learns_with_its_head_and_the_base_stays_as_it_was(method, 
 
 
 def test_the_start_holds_the_principal_part_of_a_real_weight(method, base):
+    if method.NEEDS_DATA:  # theirs is not the weight's: tests/adapters/test_data_start.py
+        pytest.skip("the start of this method is not the weight's principal part")
     model = peft.get_peft_model(base, method(r=8, lora_alpha=4, target_modules=["query", "dense"]))
     for module in model.modules():
         if hasattr(module, "lora_A0"):

@@ -176,8 +176,10 @@ def test_two_processes_start_from_the_same_bits(method, run_python):
     code = """
 import hashlib, sys
 sys.path.insert(0, sys.argv[1])
-import peft, tiny_models, torch
+import made_up, peft, tiny_models, torch
 from llmreg import AdditiveConfig
+if AdditiveConfig._CLASSES[sys.argv[2]].NEEDS_DATA:
+    made_up.give_data(AdditiveConfig._CLASSES[sys.argv[2]])
 base = tiny_models.llama()
 torch.manual_seed(1)
 model = peft.get_peft_model(base, AdditiveConfig(method=sys.argv[2], r=4, target_modules="all-linear"))

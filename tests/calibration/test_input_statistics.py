@@ -215,14 +215,35 @@ def test_what_was_not_gathered_is_refused_with_what_to_ask_for(read, message: st
     assert isinstance(caught.value, LlmregError)
 
 
+@pytest.mark.parametrize("sketch", [None, 64])
+@pytest.mark.parametrize("scale", [None, "signed_max", "abs_max"])
+def test_what_tensor_cores_are_given_sums_to_the_same(scale, sketch) -> None:
+    X = tokens(1100, 300).bfloat16()
+    lengths = torch.tensor([300, 20, 680, 100])
+    rows = TokenRows(None, torch.arange(4).repeat_interleave(lengths), 1100, 4)
+    need = Need(sample_scale=scale, mean=True)
+    usual, half = (InputStatistics(300, need, sketch=sketch, seed=3) for _ in range(2))
+    usual.add(X, rows)
+    half._add_half(X, rows, None if scale is None else half._scales(X, rows))
+    for found, expected in zip(half.parts(), usual.parts(), strict=True):
+        assert relative(found, expected) < 1e-6
+
+
+def test_a_test_matrix_loses_nothing_in_bfloat16() -> None:
+    omega = InputStatistics(300, sketch=64).moment.omega
+    assert torch.equal(omega, omega.bfloat16().float())
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("sketch", [None, 64])
 @pytest.mark.parametrize("scale", [None, "signed_max"])
-def test_half_precision_sums_on_cuda_equal_those_of_the_cpu(scale) -> None:
+def test_half_precision_sums_on_cuda_equal_those_of_the_cpu(scale, sketch) -> None:
     X = tokens(1024, 700).bfloat16()
     rows = TokenRows(None, torch.arange(2).repeat_interleave(512), 1024, 2)
     need = Need(sample_scale=scale, mean=True)
-    here, there = InputStatistics(700, need), InputStatistics(700, need, device="cuda")
+    here = InputStatistics(700, need, sketch=sketch)
+    there = InputStatistics(700, need, sketch=sketch, device="cuda")
     here.add(X, rows)
     there.add(X.cuda(), rows.to(torch.device("cuda")))
     assert relative(there.second_moment().cpu(), here.second_moment()) < 1e-6

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import warnings
 
+import made_up
 import pytest
 from contract_cases import CASES, cells
+
+from llmreg import AdditiveConfig
 
 
 @pytest.fixture(params=CASES, ids=str)
@@ -52,6 +55,14 @@ def llama_cell(request):
 def bert_cell(request):
     """Every adapter on the classifier, in fp32."""
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def _data(monkeypatch):
+    """Methods that start from data are given some as soon as they are put on a model."""
+    for config in AdditiveConfig._CLASSES.values():
+        if config.NEEDS_DATA:
+            made_up.give_data(config, monkeypatch.setattr)
 
 
 @pytest.fixture(autouse=True)

@@ -79,6 +79,8 @@ ALL_CASES = (
     Case("pissa", "PissaConfig"),
     Case("sorsa", "SorsaConfig", settings={"weights": None}),
     Case("svfit", "SvfitConfig", noise=0.5, lr=0.5, always_float32=True),
+    Case("corda", "CordaConfig"),
+    Case("eva", "EvaConfig"),
     Case("bone", "BoneConfig", settings={"variant": "bone"}, family="bone"),
     Case("bat", "BoneConfig", settings={"variant": "bat"}, family="bone", refuses=frozenset({"export"})),
     Case("mini", "BoneConfig", settings={"variant": "mini", "mini_r": 4}, family="bone"),

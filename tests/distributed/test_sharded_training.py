@@ -35,7 +35,9 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-METHODS = ("pissa", "sorsa", "svfit", "bone", "bat")
+METHODS = ("pissa", "sorsa", "svfit", "corda", "eva", "bone", "bat")
+#: Their statistics are sums over ranks, equal to those of one process to rounding.
+FROM_DATA = ("corda", "eva")
 Results = dict[str, tuple[list[float], dict[str, torch.Tensor]]]
 
 
@@ -85,12 +87,16 @@ def test_two_sharded_processes_equal_one(mode: str, model_dir: Path, tmp_path: P
     results = run(mode, model_dir, tmp_path / "out")
     for method, (expected_losses, expected) in one_process.items():
         losses, factors = results[method]
+        rtol = 1e-5 if method in FROM_DATA else 1e-6
         torch.testing.assert_close(
-            losses, expected_losses, rtol=1e-6, atol=0, msg=lambda text, m=method: f"{m}: {text}"
+            losses, expected_losses, rtol=rtol, atol=0, msg=lambda text, m=method: f"{m}: {text}"
         )
         assert losses[-1] != losses[0]
         assert factors.keys() == expected.keys()
         for key, value in expected.items():
+            if method in FROM_DATA:
+                torch.testing.assert_close(factors[key], value, rtol=1e-3, atol=1e-3)
+                continue
             # starts are equal to the last bit; trained factors differ by the order of the gradient's sum over ranks
             if ".lora_A0." in key or ".lora_B0." in key:
                 assert torch.equal(factors[key], value), key

@@ -26,6 +26,8 @@ METHODS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "pissa": (llmreg.PissaConfig, {}),
     "sorsa": (llmreg.SorsaConfig, {"weights": None}),
     "svfit": (llmreg.SvfitConfig, {}),
+    "corda": (llmreg.CordaConfig, {}),
+    "eva": (llmreg.EvaConfig, {}),
     "bone": (llmreg.BoneConfig, {}),
     "bat": (llmreg.BoneConfig, {"variant": "bat"}),
 }
@@ -51,7 +53,19 @@ def optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
 def wrapped(model_dir: str, method: str, **options: Any) -> peft.PeftModel:
     config, settings = METHODS[method]
     settings = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **settings}
-    return peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), config(**settings), **options)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), config(**settings), **options)
+    if getattr(config, "NEEDS_DATA", False):
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        llmreg.initialize(model, calibration_batches()[rank::world])
+    return model
+
+
+def calibration_batches() -> list[dict[str, torch.Tensor]]:
+    """Four padded batches, which the ranks share out."""
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[1, 7:] = 0
+    return [{"input_ids": torch.randint(3, 60, (2, 12), generator=generator), "attention_mask": mask} for _ in range(4)]
 
 
 def single(model_dir: str, method: str) -> tuple[list[float], peft.PeftModel, dict | None]:

@@ -133,7 +133,7 @@ def test_another_format_number_is_refused_with_what_to_do(base, folder, method):
         (lambda content: content["config"].update(no_such_field=1), "no_such_field"),
         (lambda content: content.update(config=[]), "cannot mount|damaged"),
         (lambda content: content["base"].update(nickname="x"), "damaged"),
-        (lambda content: content["config"].update(lora_dropout=0.1), "dropout"),
+        (lambda content: content["config"].update(bias="all"), "bias"),
         (lambda content: content["files"].update({"../../etc/passwd": "0"}), "damaged"),
     ],
 )

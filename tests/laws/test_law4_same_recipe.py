@@ -42,6 +42,10 @@ torch.set_num_threads(1)
 torch.manual_seed(int(sys.argv[4]))
 from transformers import AutoModelForCausalLM
 from llmreg import AdditiveConfig
+if AdditiveConfig._CLASSES[sys.argv[3]].NEEDS_DATA:
+    sys.path.insert(0, sys.argv[5])
+    import made_up
+    made_up.give_data(AdditiveConfig._CLASSES[sys.argv[3]])
 config = AdditiveConfig(method=sys.argv[3], r=4, target_modules=["q_proj", "v_proj", "down_proj"])
 peft.get_peft_model(AutoModelForCausalLM.from_pretrained(sys.argv[1]), config).save_pretrained(sys.argv[2])
 """
@@ -49,7 +53,7 @@ peft.get_peft_model(AutoModelForCausalLM.from_pretrained(sys.argv[1]), config).s
 
 @pytest.mark.multiprocess
 def test_two_processes_start_alike_to_the_last_bit(method, base, tmp_path, run_python):
-    run_python(_START, str(base), str(tmp_path / "one"), method.METHOD, "1")
+    run_python(_START, str(base), str(tmp_path / "one"), method.METHOD, "1", str(Path(tiny_models.__file__).parent))
     torch.manual_seed(2)
     config = method(r=4, target_modules=TARGETS)
     peft.get_peft_model(saved.load_base(base), config).save_pretrained(tmp_path / "two")

@@ -138,6 +138,9 @@ import adapter_files as saved, trl_runs as runs
 from llmreg import AdditiveConfig
 method, base, folder, resume = sys.argv[2:6]
 AdditiveConfig._CLASSES[method].needs_regularizer = lambda self: False  # the start alone
+if AdditiveConfig._CLASSES[method].NEEDS_DATA:
+    import made_up
+    made_up.give_data(AdditiveConfig._CLASSES[method])
 config = AdditiveConfig._CLASSES[method](r=4, target_modules=runs.TARGETS, task_type="CAUSAL_LM")
 arguments = json.loads(sys.argv[6])
 trainer = runs.sft(saved.load_base(base), folder, config, **arguments)
