@@ -168,7 +168,7 @@ def condition_numbers(adapter: Path) -> dict[str, float] | None:
     """Of the trained factors A and B of all layers: median and largest; None for adapters without both."""
     path = adapter / "llmreg_factors.safetensors"
     factors = load_file(path) if path.is_file() else {}
-    trained = [value for key, value in factors.items() if ".lora_A." in key or ".lora_B." in key]
+    trained = [value.float() for key, value in factors.items() if ".lora_A." in key or ".lora_B." in key]
     numbers = [float(values[0] / values[-1]) for values in map(torch.linalg.svdvals, trained)]
     return {"median": statistics.median(numbers), "largest": max(numbers)} if numbers else None
 
@@ -295,9 +295,9 @@ def run_all(arguments: argparse.Namespace) -> int:
             label = key(name, rate, seed, arguments.world)
             try:
                 done = future.result()
-            except LlmregError as error:
+            except Exception as error:  # whatever one run does, the others are kept
                 failed += 1
-                print(f"{label} failed: {error}", file=sys.stderr, flush=True)
+                print(f"{label} failed: {error!r}", file=sys.stderr, flush=True)
                 continue
             if done is not None:
                 keep(file, name, settings(SWEEPS[name]), {label: done})

@@ -169,6 +169,19 @@ def test_the_schema_is_json(cli):
     assert json.loads(out)["title"] == "llmreg recipe"
 
 
+def test_init_of_a_method_that_starts_from_data_keeps_its_statistics(cli, tmp_path):
+    recipe = str(Path(QUICKSTART).with_name("pocket-eva.yaml"))
+    cache = str(tmp_path / "cache")
+    words = ("init", recipe, "adapter.r=2", "calibration.samples=8", "data.split=validation", "--output", cache)
+    code, out, _ = cli(*words)
+    assert code == 0
+    assert "statistics of pocket for eva on pocket/word-problems gathered in" in out
+    assert "16 inputs of 28 layers; it holds 1 calibration, " in out
+    assert json.loads(cli(*words, "--json")[1])["found"] is True
+    assert "ranks up to 4." in cli("validate", recipe, "adapter.r=2")[1]
+    assert "kpm must say" in " ".join(cli("methods", "corda")[1].split())
+
+
 def test_init_fills_lists_and_clears_a_cache(cli, tmp_path):
     cache = tmp_path / "cache"
     code, out, _ = cli("init", QUICKSTART, "adapter.r=2", "--output", cache)

@@ -54,11 +54,11 @@ def start_on_data(settled: Plan, trainer: Any, tokenizer: Any, folder: Path | No
 
     Raises:
         RecipeError: data that cannot be read or has no token that counts, a budget that is too small; where it is
-            written.
+            written. Or `LLMREG_CACHE_LIMIT` is no size.
     """
     if not settled.method.takes_data():
         return None
-    recipe = settled.recipe
+    recipe, most = settled.recipe, default_limit()
     settings = recipe.calibration or Calibration()
     batches = _batches(recipe, settings, trainer, tokenizer)
     folder = folder or calibration_folder()
@@ -74,7 +74,7 @@ def start_on_data(settled: Plan, trainer: Any, tokenizer: Any, folder: Path | No
             cache=cache,
             seed=recipe.seed,
         )
-    _make_room(folder)
+    _make_room(folder, most)
     return _in_short(settled, settings, report)
 
 
@@ -143,9 +143,8 @@ def clear_statistics(folder: Path) -> tuple[int, int]:
     return len(sizes), sum(sizes)
 
 
-def _make_room(folder: Path) -> None:
-    """Remove the oldest statistics beyond `LLMREG_CACHE_LIMIT`; the newest, which this run may have written, stay."""
-    left = default_limit()
+def _make_room(folder: Path, left: int) -> None:
+    """Remove the oldest statistics beyond `left` bytes; the newest, which this run may have written, stay."""
     for number, path in enumerate(kept_statistics(folder)):
         left -= path.stat().st_size
         if number and left < 0:
