@@ -12,6 +12,7 @@ Writes evals/results/first_steps.json after every run.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -34,16 +35,15 @@ from llmreg.recipes.data import load_training_data
 
 ROOT = Path(__file__).parents[1]
 RESULT = Path(__file__).parent / "results" / "first_steps.json"
-STEPS = 100
+STEPS, BATCH = 100, 16
 SEEDS = (0, 1, 2)
 #: Recipe, overrides, rates.
 METHODS: dict[str, tuple[str, tuple[str, ...], tuple[float, ...]]] = {
-    "LoRA": ("pocket-lora", (), (1e-3, 2e-3, 4e-3, 8e-3)),
-    "EVA": ("pocket-eva", (), (1e-3, 2e-3, 4e-3, 8e-3)),
-    "EVA, equal ranks": ("pocket-eva", ("adapter.rho=1",), (2e-3, 4e-3)),
-    "PiSSA": ("quickstart", (), (5e-4, 1e-3, 2e-3, 4e-3)),
-    "CorDA ipm, balanced": ("pocket-corda", (), (5e-4, 1e-3, 2e-3, 4e-3)),
-    "CorDA ipm, the paper's factors": ("pocket-corda", ("adapter.balance=false",), (5e-5, 2e-4, 5e-4, 1e-3)),
+    "LoRA": ("pocket-lora", (), (2e-3, 4e-3, 8e-3)),
+    "EVA": ("pocket-eva", (), (2e-3, 4e-3, 8e-3)),
+    "PiSSA": ("quickstart", (), (1e-3, 2e-3, 4e-3)),
+    "CorDA ipm, balanced": ("pocket-corda", (), (1e-3, 2e-3, 4e-3)),
+    "CorDA ipm, the paper's factors": ("pocket-corda", ("adapter.balance=false",), (1e-4, 3e-4, 1e-3)),
 }
 FIXED = (
     f"training.max_steps={STEPS}",
@@ -62,7 +62,9 @@ def run(method: str, rate: float, seed: int) -> dict[str, Any]:
         recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml", [*FIXED, *overrides, *settings])
         settled = plan(recipe)
         model, tokenizer = load_base(recipe, gpu=False)
-        trainer = build_trainer(settled, model, tokenizer, load_training_data(recipe))
+        data = load_training_data(recipe)
+        data = dataclasses.replace(data, train=data.train.select(range(STEPS * BATCH)))
+        trainer = build_trainer(settled, model, tokenizer, data)
         start_on_data(settled, trainer, tokenizer)
         trainer.train()
     lines = [line for line in trainer.state.log_history if "loss" in line]
