@@ -30,6 +30,7 @@ from ..initializers import (
     scaled_alpha,
     select_covariance,
 )
+from ..weights import check_finite
 from .config import AdditiveConfig
 from .convergence import Convergence
 from .data_group import DataGroup, DataLayer, second_moment
@@ -43,6 +44,8 @@ class DataConfig(AdditiveConfig):
     """Base of the methods whose start comes from data; see `llmreg.initialize`."""
 
     NEEDS_DATA: ClassVar[bool] = True
+    #: Layers of a live adapter that were left no rank; an adapter of the same settings beside it has none there either.
+    removed_layers: ClassVar[frozenset[str]] = frozenset()
     #: Whether the factors depend on the adapter's scaling.
     STARTS_WITH_SCALING: ClassVar[bool] = True
 
@@ -182,6 +185,7 @@ class CordaConfig(ResidualConfig, DataConfig):
 
     def _spectrum(self, layer: DataLayer, moments: list[Any]) -> tuple[Tensor, int]:
         W = layer.weight()
+        check_finite(W, layer.name)
         spectra = [torch.linalg.svdvals(moment.like(W).weighted(W, 1.0).dense()).cpu() for moment in moments]
         chosen = select_covariance(spectra, layer.rank, layer.shape[0])
         return spectra[chosen], chosen

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -79,19 +80,20 @@ def start_from_statistics(tuner: Any, adapter_name: str, statistics: Sequence[St
 
     Raises:
         RecipeError: the statistics lack a layer.
-        WeightError, UnsupportedError: what the method's initialiser refuses; names the layer. Where base weights are to
-            become quantised residuals, the model and the config are then as they were.
+        WeightError, UnsupportedError: what the method's initialiser refuses; names the layer. Model and config are then
+            as they were, and the adapter waits.
     """
     config: DataConfig = tuner.peft_config[adapter_name]
-    if not config.quantizes_residual():
-        return _start(tuner, adapter_name, config, statistics)
-    forget_records(tuner)
+    if config.quantizes_residual():
+        forget_records(tuner)
     before = dict(vars(config))
     try:
         with unchanged_on_error(tuner):
             return _start(tuner, adapter_name, config, statistics)
     except BaseException:
         config.__dict__.update(before)
+        for layer in waiting_layers(tuner.model, adapter_name).values():
+            layer.wait(adapter_name)  # references came back, values did not
         raise
 
 
@@ -104,7 +106,10 @@ def _start(tuner: Any, adapter_name: str, config: DataConfig, statistics: Sequen
         return _data_group(adapter_name, config, layers, parts, names, weights)
 
     groups = [group_of(parts, names) for parts, names in members]
-    surveys = [config.survey(group) for group in track(groups, f"{config.method}: looking at inputs")]
+    surveys = []
+    for group in track(groups, f"{config.method}: looking at inputs"):
+        with _whole(group, layers):
+            surveys.append(config.survey(group))
     ranks = _agreed(config.new_ranks(groups, surveys))
     if ranks is not None:
         _set_ranks(tuner, adapter_name, config, layers, ranks)
@@ -120,7 +125,9 @@ def _start(tuner: Any, adapter_name: str, config: DataConfig, statistics: Sequen
 def remove_layer(tuner: Any, adapter_name: str, name: str) -> None:
     """Take an adapter off one layer; what no adapter is left on becomes the base's own layer again."""
     layer = tuner.model.get_submodule(name)
+    active, layer._active_adapter = layer._active_adapter, []  # or PEFT would activate another adapter in its place
     layer.delete_adapter(adapter_name)
+    layer._active_adapter = active
     if not layer.r:
         parent, _, child = name.rpartition(".")
         setattr(tuner.model.get_submodule(parent), child, layer.get_base_layer())
@@ -158,9 +165,12 @@ def _copy_start(tuner: Any, adapter_name: str, sibling: str) -> None:
     layers = _layers(tuner.model, adapter_name)
     shared = {name: layer for name, layer in layers.items() if layer.form(sibling)}
     ranks = {name: layer.r[sibling] for name, layer in shared.items()}
-    if config.redistributes():
-        ranks |= {name: 0 for name in layers if name not in shared}
-    elif any(layer.r[adapter_name] != ranks[name] for name, layer in shared.items()):
+    absent = layers.keys() - shared.keys()
+    if config.redistributes() and absent:
+        if not absent <= tuner.peft_config[sibling].removed_layers:
+            return
+        ranks |= dict.fromkeys(absent, 0)
+    elif not config.redistributes() and any(layer.r[adapter_name] != ranks[name] for name, layer in shared.items()):
         return
     if any(rank != layers[name].r[adapter_name] for name, rank in ranks.items()):
         _set_ranks(tuner, adapter_name, config, layers, ranks)
@@ -272,6 +282,7 @@ def _set_ranks(
     if removed:
         for name in removed:
             remove_layer(tuner, adapter_name, name)
+        config.removed_layers = config.removed_layers | frozenset(removed)  # type: ignore[misc]
         keep_targets(config, [name for name, rank in ranks.items() if rank], removed)
 
 
@@ -288,7 +299,7 @@ def _set_starts(
             layer = layers[one.name]
             set_residual(layer, adapter_name, one.name, one.weight(), decompose, weights, config.residual_iterations)
         return
-    with gathered([layers[layer.name].get_base_layer() for layer in group.layers]):
+    with _whole(group, layers):
         try:
             starts: list[Factors] = config.starts(group, survey)
         except (WeightError, UnsupportedError) as error:
@@ -298,6 +309,10 @@ def _set_starts(
     for layer, start in zip(group.layers, starts, strict=True):
         layers[layer.name].set_start(adapter_name, start)
         broadcast_start(layers[layer.name], adapter_name)
+
+
+def _whole(group: DataGroup, layers: dict[str, Any]) -> AbstractContextManager:
+    return gathered([layers[layer.name].get_base_layer() for layer in group.layers])
 
 
 def _named(group: DataGroup) -> str:

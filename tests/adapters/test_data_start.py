@@ -415,3 +415,54 @@ def test_a_sibling_of_another_method_lives_beside():
     for name in ("eva", "corda", "pissa"):
         model.set_adapter(name)
         assert torch.equal(tiny_models.logits(model, tokens), before)
+
+
+def test_a_layer_that_loses_one_adapter_does_not_activate_another(uneven):
+    model, report, _ = uneven
+    removed = next(name for name, rank in report.ranks["default"].items() if rank == 0)
+    base = tiny_models.llama()
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules="all-linear"), adapter_name="lora")
+    tiny_models.perturb(model, "lora")
+    model.add_adapter("eva", EvaConfig(r=4, rho=4.0, target_modules="all-linear"))
+    model.set_adapter("eva")
+    tokens = batches(1)[0]["input_ids"]
+    before = tiny_models.logits(tiny_models.llama(), tokens)
+    widths = {name: layer.in_features for name, layer in layers(model, "eva").items()}
+    need = EvaConfig(r=4).need()
+    of_layer = dict(made_up.statistics_for(widths, need))
+    of_layer[removed] = InputStatistics(widths[removed], need)
+    of_layer[removed].add(torch.eye(widths[removed]).repeat(3, 1))
+    llmreg.initialize(model, statistics=Statistics(of_layer, CalibrationReport(200, 1, 1, 0.0, "made up")))
+    assert "eva" not in model.base_model.model.get_submodule(removed).lora_A
+    assert torch.equal(tiny_models.logits(model, tokens), before)
+
+
+def test_a_sibling_on_other_layers_lends_nothing():
+    model, _ = started(EvaConfig(r=4, target_modules=["q_proj"]))
+    model.add_adapter("wider", EvaConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    assert all("wider" in layer.waiting for layer in layers(model, "wider").values())
+    llmreg.initialize(model, batches())
+    assert {name.split(".")[-1] for name in layers(model, "wider")} == {"q_proj", "v_proj"}
+
+
+def test_a_start_that_fails_half_way_leaves_the_adapter_waiting_as_a_whole(tokens):
+    base = tiny_models.llama()
+    model = peft.get_peft_model(base, CordaConfig(r=4, target_modules=LINEAR, dynamic_ranks=True))
+    before = dict(vars(model.peft_config["default"]))
+    with torch.no_grad():
+        base.model.layers[1].mlp.down_proj.base_layer.weight[0, 0] = float("nan")
+    widths = {name: layer.in_features for name, layer in layers(model).items()}
+    statistics = made_up.statistics_for(widths, CordaConfig(r=4).need())
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj"):
+        llmreg.initialize(model, statistics=statistics)
+    plain = peft.get_peft_model(tiny_models.llama(), CordaConfig(r=4, target_modules=LINEAR))
+    with torch.no_grad():
+        plain.base_model.model.model.layers[1].mlp.down_proj.base_layer.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj"):
+        llmreg.initialize(plain, statistics=statistics)
+    for one in (model, plain):
+        for layer in layers(one).values():
+            assert layer.waiting == {"default"}
+            assert layer.r["default"] == 4
+            assert not any(factor.any() for factor in layer.factors("default").values())
+    assert vars(model.peft_config["default"]) == before
