@@ -79,14 +79,14 @@ def run(method: str, rate: float, seed: int) -> dict[str, Any]:
 
 
 def summary(results: dict[str, Any]) -> list[list[str]]:
-    """One row a method: at the rate with the least loss around step 50 (mean over seeds), all seeds shown."""
+    """One row a method: at the rate with the least loss at the end (mean over seeds), with the seeds' extremes."""
     rows = []
     for method, (_, _, rates) in METHODS.items():
         of_rate = {rate: [results["runs"].get(f"{method} {rate:g} {seed}") for seed in SEEDS] for rate in rates}
         whole = {rate: runs for rate, runs in of_rate.items() if all(runs)}
         if not whole:
             continue
-        best = min(whole, key=lambda rate: statistics.mean(run["loss_50"] for run in whole[rate]))
+        best = min(whole, key=lambda rate: statistics.mean(run["loss_100"] for run in whole[rate]))
         columns = {key: [run[key] for run in whole[best]] for key in ("gradient_norm", "loss_50", "loss_100")}
         cells = [
             f"{statistics.mean(values):.3g} ({min(values):.3g} to {max(values):.3g})" for values in columns.values()

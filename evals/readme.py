@@ -17,6 +17,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from first_steps import summary as first_steps_summary
 from sweep import SCORES, best_rate, key, summaries
 
 from llmreg.files import write_text
@@ -238,10 +239,36 @@ def picture(report: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def kept() -> list[str]:
+    """What was learned and what was kept at every rate, of the recipes that differ in that."""
+    entries = read("sweep")["recipes"]
+    rows = ["| recipe | rate: word problems, facts kept (seeds) |", "|---|---|"]
+    for name in ("pocket-lora", "quickstart", "pocket-corda", "pocket-corda-kpm", "pocket-eva"):
+        cells = [
+            f"{rate:.1e}: {row['means'][0]:.0%}, {row['means'][1]:.0%} ({row['runs']})"
+            for rate, row in summaries(entries[name]).items()
+        ]
+        rows.append(f"| `{name}` | {' · '.join(cells)} |")
+    return rows
+
+
+def first_steps_table() -> list[str]:
+    """The first hundred steps, each method at its best rate."""
+    rows = [
+        "| three seeds | rate | first gradient norm | loss around step 50 | around step 100 |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for method, rate, _, *cells in first_steps_summary(read("first_steps")):
+        rows.append(f"| {method} | {rate} | {' | '.join(cells)} |")
+    return rows
+
+
 def main() -> None:
     readme = ROOT / "README.md"
     text = fill(readme.read_text(), "against_peft", against_peft())
     text = fill(text, "sweep", sweep())
+    text = fill(text, "kept", kept())
+    text = fill(text, "first_steps", first_steps_table())
     text = fill(text, "conditioning", conditioning())
     text = fill(text, "bench_adapters", bench_adapters())
     text = fill(text, "bench_calibration", bench_calibration())
