@@ -7,6 +7,7 @@ and hands them, one distinct layer input at a time (`DataGroup`), to the methods
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..calibration import InputStatistics, Need
-from ..errors import UnsupportedError
+from ..errors import LlmregWarning, RecipeError, UnsupportedError
 from ..initializers import (
     EvaComponents,
     Factors,
@@ -46,6 +47,8 @@ class DataConfig(AdditiveConfig):
     NEEDS_DATA: ClassVar[bool] = True
     #: Layers of a live adapter that were left no rank; an adapter of the same settings beside it has none there either.
     removed_layers: ClassVar[frozenset[str]] = frozenset()
+    #: `request()` of a live adapter before its start rewrote ranks and targets.
+    asked: ClassVar[dict[str, Any] | None] = None
     #: Whether the factors depend on the adapter's scaling.
     STARTS_WITH_SCALING: ClassVar[bool] = True
 
@@ -59,6 +62,13 @@ class DataConfig(AdditiveConfig):
                 f"{cls.PEFTS_NAMES[name]}."
             )
         return super().__new__(cls, *args, **kwargs)
+
+    def request(self) -> dict[str, Any]:
+        """The settings that decide a start and where it goes."""
+        free = set("inference_mode base_model_name_or_path revision task_type auto_mapping peft_version".split())
+        free.add("fan_in_fan_out")  # corrected when it is put on a model
+        values = {key: value for key, value in self.to_dict().items() if key not in free}
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
 
     def redistributes(self) -> bool:
         """Whether the start chooses ranks."""
@@ -163,7 +173,8 @@ class CordaConfig(ResidualConfig, DataConfig):
             raise UnsupportedError(f"power must be 1 (the paper's) or 0.5, got {self.power!r}.")
         if self.sample_scale not in ("signed_max", "abs_max", None):
             raise UnsupportedError(f"sample_scale must be 'signed_max', 'abs_max' or None, got {self.sample_scale!r}.")
-        if not isinstance(self.covariances, int) or self.covariances < 1:
+        _check_flags(self, "balance", "dynamic_ranks")
+        if not isinstance(self.covariances, int) or isinstance(self.covariances, bool) or self.covariances < 1:
             raise UnsupportedError(f"covariances must be a positive integer, got {self.covariances!r}.")
 
     def need(self) -> Need:
@@ -195,7 +206,13 @@ class CordaConfig(ResidualConfig, DataConfig):
             return None
         spectra = {name: spectrum for survey in surveys for name, (spectrum, _) in survey.items()}
         shapes = {layer.name: layer.shape for group in groups for layer in group.layers}
-        rank = next(layer.rank for group in groups for layer in group.layers)
+        requested = {layer.rank for group in groups for layer in group.layers}
+        if len(requested) > 1:
+            raise UnsupportedError(
+                "dynamic_ranks allocates the parameters of a uniform rank, and rank_pattern asks for several "
+                f"({sorted(requested)}); leave rank_pattern out."
+            )
+        rank = requested.pop()
         return allocate_ranks(spectra, shapes, rank)
 
     def starts(self, group: DataGroup, survey: Any) -> list[Factors]:
@@ -272,6 +289,7 @@ class EvaConfig(DataConfig):
             raise UnsupportedError(
                 f"rho must be a number >= 1 (1 keeps all ranks, the paper takes 2), got {self.rho!r}."
             )
+        _check_flags(self, "centered", "whiten", "use_label_mask", "adjust_scaling")
         if self.tau is not None and not (_is_number(self.tau) and 0 < self.tau <= 1):
             raise UnsupportedError(f"tau is a cosine in (0, 1], for example 0.99, or None, got {self.tau!r}.")
         if not (_is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1):
@@ -297,6 +315,19 @@ class EvaConfig(DataConfig):
             return None
         most = most_components({layer.name: layer.rank for layer in group.layers}, self.rho)
         wanted = max(min(most[layer.name], *layer.shape) for layer in group.layers)
+        columns = part.low_rank().shape[1] if not part.exact else wanted
+        if columns < wanted:
+            raise RecipeError(
+                f"a sketch of {columns} columns cannot tell the {wanted} components that layer "
+                f"{group.layers[0].name!r} may get; give sketch={4 * wanted} or more, or exact=True"
+            )
+        if part.count - self.centered < wanted:
+            warnings.warn(
+                f"{part.count} tokens cannot tell the {wanted} components that layer {group.layers[0].name!r} may get; "
+                "calibrate on more data.",
+                LlmregWarning,
+                stacklevel=2,
+            )
         return self._components(part, wanted, group.device)
 
     def _components(self, part: InputStatistics, wanted: int, device: Any = None) -> EvaComponents:
@@ -374,6 +405,12 @@ class EoraConfig(DataConfig):
         start = eora(layer.original(), layer.weight(), layer.rank, moment, svd=self.svd, seed=self.seed)
         root = layer.scaling**0.5
         return Factors(start.A / root, start.B / root, start.singular_values)
+
+
+def _check_flags(config: Any, *names: str) -> None:
+    for name in names:
+        if not isinstance(getattr(config, name), bool):
+            raise UnsupportedError(f"{name} must be True or False, got {getattr(config, name)!r}.")
 
 
 def _is_number(value: Any) -> bool:

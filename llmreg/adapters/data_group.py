@@ -36,10 +36,12 @@ class DataLayer:
 
 @dataclass(frozen=True)
 class DataGroup:
-    """Attributes:
-    parts: the input's statistics, one for each sub-set of the data; None where no token reached it.
-    layers: those that are given this input.
-    device: where to compute; None: where things are.
+    """One distinct layer input.
+
+    Attributes:
+        parts: the input's statistics, one for each sub-set of the data; None where no token reached it.
+        layers: those that are given this input.
+        device: where to compute; None: where things are.
     """
 
     parts: tuple[InputStatistics | None, ...]

@@ -14,12 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..calibration import InputStatistics, Statistics
+from ..calibration import InputStatistics, Need, Statistics
 from ..errors import RecipeError, UnsupportedError, WeightError
 from ..initializers import Factors
 from ..progress import track
 from ..weights import OriginalWeights, check_finite, gathered, read_weight, storage_of
-from .config import only
 from .data_configs import DataConfig
 from .data_group import DataGroup, DataLayer
 from .layer import AdditiveLayer
@@ -84,6 +83,16 @@ def start_from_statistics(tuner: Any, adapter_name: str, statistics: Sequence[St
             as they were, and the adapter waits.
     """
     config: DataConfig = tuner.peft_config[adapter_name]
+    if any(layer.lora_A[adapter_name].weight.is_meta for layer in waiting_layers(tuner.model, adapter_name).values()):
+        raise UnsupportedError(
+            f"The factors of {adapter_name!r} are on the meta device and cannot be given a start; leave "
+            "low_cpu_mem_usage=True out, which is for adapters that are loaded."
+        )
+    if len(statistics) != config.candidates():
+        raise RecipeError(
+            f"{len(statistics)} sets of statistics were given and {config.METHOD} takes {config.candidates()} here; "
+            "put them together with Statistics.merge, or set covariances to their number (CorDA)."
+        )
     if config.quantizes_residual():
         forget_records(tuner)
     before = dict(vars(config))
@@ -122,7 +131,7 @@ def _start(tuner: Any, adapter_name: str, config: DataConfig, statistics: Sequen
     return final if ranks is None else {name: final.get(name, 0) for name in ranks}
 
 
-def remove_layer(tuner: Any, adapter_name: str, name: str) -> None:
+def _remove_layer(tuner: Any, adapter_name: str, name: str) -> None:
     """Take an adapter off one layer; what no adapter is left on becomes the base's own layer again."""
     layer = tuner.model.get_submodule(name)
     active, layer._active_adapter = layer._active_adapter, []  # or PEFT would activate another adapter in its place
@@ -134,10 +143,11 @@ def remove_layer(tuner: Any, adapter_name: str, name: str) -> None:
         tuner.targeted_module_names = [other for other in tuner.targeted_module_names if other != name]
 
 
-def keep_targets(config: DataConfig, names: Sequence[str], removed: Sequence[str]) -> None:
-    """Let the config's targets be exactly the layers called `names`."""
-    ambiguous = any(other.endswith(f".{name}") for name in names for other in removed)
-    if ambiguous:  # PEFT takes a listed name for every layer whose name ends like it
+def _keep_targets(config: DataConfig, names: Sequence[str], model: nn.Module) -> None:
+    """Let the config's targets be exactly the layers of `model` called `names`."""
+    others = {name for name, _ in model.named_modules()} - set(names)
+    ends = {other[cut + 1 :] for other in others for cut, letter in enumerate(other) if letter == "."}
+    if not ends.isdisjoint(names):  # PEFT takes a listed name for every layer whose name ends like it
         config.target_modules = "|".join(name.replace(".", r"\.") for name in names)
     else:
         config.target_modules = set(names)
@@ -154,9 +164,14 @@ def _started_sibling(tuner: Any, adapter_name: str) -> str | None:
             continue
         layers = _layers(tuner.model, name)
         started = layers and not any(name in layer.waiting for layer in layers.values())
-        if started and other.start_settings() == config.start_settings():
+        if started and _same_request(config, other):
             return name
     return None
+
+
+def _same_request(config: DataConfig, other: DataConfig) -> bool:
+    """Whether both were asked for alike: as the user gave them, or as a start has rewritten one (TRL hands that on)."""
+    return config.request() == other.request() or config.request() == (other.asked or other.request())
 
 
 def _copy_start(tuner: Any, adapter_name: str, sibling: str) -> None:
@@ -166,12 +181,9 @@ def _copy_start(tuner: Any, adapter_name: str, sibling: str) -> None:
     shared = {name: layer for name, layer in layers.items() if layer.form(sibling)}
     ranks = {name: layer.r[sibling] for name, layer in shared.items()}
     absent = layers.keys() - shared.keys()
-    if config.redistributes() and absent:
-        if not absent <= tuner.peft_config[sibling].removed_layers:
-            return
-        ranks |= dict.fromkeys(absent, 0)
-    elif not config.redistributes() and any(layer.r[adapter_name] != ranks[name] for name, layer in shared.items()):
+    if not absent <= tuner.peft_config[sibling].removed_layers:
         return
+    ranks |= dict.fromkeys(absent, 0)
     if any(rank != layers[name].r[adapter_name] for name, rank in ranks.items()):
         _set_ranks(tuner, adapter_name, config, layers, ranks)
     for layer in shared.values():
@@ -220,7 +232,17 @@ def _data_group(
                 f"the statistics of layer {names[0]!r} are of {part.dim} inputs, and it has {members[0].shape[1]}: "
                 "they are of another model; calibrate this one"
             )
+        if part is not None and not _serves(part.need, config.need()):
+            raise RecipeError(
+                f"the statistics of layer {names[0]!r} were gathered as {part.need}, and {config.METHOD} needs "
+                f"{config.need()}; gather them with config.need()"
+            )
     return DataGroup(parts, members, device)
+
+
+def _serves(gathered: Need, needed: Need) -> bool:
+    same = (gathered.sample_scale, gathered.use_label_mask) == (needed.sample_scale, needed.use_label_mask)
+    return same and (gathered.mean or not needed.mean)
 
 
 def _data_layer(
@@ -267,23 +289,22 @@ def _set_ranks(
     removed = [name for name, rank in ranks.items() if rank == 0]
     if len(removed) == len(ranks):
         raise WeightError("No layer is left with a rank; calibrate on more data, or choose other targets.")
+    # Every layer gets an entry of its own; the user's patterns, which were read already, might match before it.
+    config.rank_pattern, config.alpha_pattern = {}, {}
     for name, layer in layers.items():
         before, after = layer.r[adapter_name], ranks[name]
-        if after in (0, before):
+        if after == 0:
             continue
-        alpha = config.new_alpha(layer.lora_alpha[adapter_name], before, after)
+        alpha = layer.lora_alpha[adapter_name]
+        if after != before:
+            alpha = config.new_alpha(alpha, before, after)
+            layer.resize(adapter_name, after, alpha)
         config.accept_rank(name, (layer.out_features, layer.in_features), after, alpha)
-        layer.resize(adapter_name, after, alpha)
-    # What kept its rank must not follow a new `r`.
-    for name, layer in layers.items():
-        if ranks[name] == layer.r[adapter_name] and only(name) not in (config.rank_pattern or {}):
-            shape = (layer.out_features, layer.in_features)
-            config.accept_rank(name, shape, ranks[name], layer.lora_alpha[adapter_name])
     if removed:
         for name in removed:
-            remove_layer(tuner, adapter_name, name)
+            _remove_layer(tuner, adapter_name, name)
         config.removed_layers = config.removed_layers | frozenset(removed)  # type: ignore[misc]
-        keep_targets(config, [name for name, rank in ranks.items() if rank], removed)
+        _keep_targets(config, [name for name, rank in ranks.items() if rank], tuner.model)
 
 
 def _set_starts(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import (
@@ -56,8 +57,12 @@ class AdditiveModel(TunerCalls, LoraModel):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
                 if isinstance(config, AdditiveConfig):
                     config.on_model = True
+                    if isinstance(config, DataConfig):
+                        config.asked = config.request()  # type: ignore[misc]
                     if starts():
                         self._start(adapter_name, config)
+                    else:  # a layer that the file does not bring must not keep what its memory held
+                        _clear(model, adapter_name)
         except BaseException:
             self.peft_config.pop(adapter_name)
             if self.peft_config and not any(map(is_additive, self.peft_config.values())):
@@ -212,6 +217,13 @@ class AdditiveModel(TunerCalls, LoraModel):
             "path_initial_model_for_weight_conversion is not needed: save_pretrained already writes plain LoRA for "
             "the original base; leave the argument out."
         )
+
+
+@torch.no_grad()
+def _clear(model: nn.Module, adapter_name: str) -> None:
+    for module in model.modules():
+        if isinstance(module, AdditiveLayer) and (form := module.form(adapter_name)):
+            form.clear(module, adapter_name)
 
 
 def _check_model(config: AdditiveConfig, model: nn.Module, adapter_name: str) -> None:

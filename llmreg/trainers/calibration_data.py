@@ -129,11 +129,11 @@ def _tokenized(row: dict[str, Any], tokenizer: Any, number: int) -> tuple[list[i
         before = _encode(prompt, tokenizer, generate=True)
         if answer is None:
             return before, list(before)
-        whole = _encode(_concatenated(prompt, answer), tokenizer)
+        whole = _ended(_encode(_concatenated(prompt, answer), tokenizer), tokenizer)
         return _joined(whole[: len(before)], whole[len(before) :])
     for column in ("text", "messages", "conversations", "chosen"):
         if column in row:
-            ids = _encode(row[column], tokenizer)
+            ids = _ended(_encode(row[column], tokenizer), tokenizer)
             return ids, list(ids)
     raise RecipeError(
         f"row {number} of the calibration data has the columns {', '.join(row) or '(none)'}; give text, prompt (and "
@@ -159,6 +159,12 @@ def _encode(value: Any, tokenizer: Any, *, generate: bool = False) -> list[int]:
             "input_ids"
         ]
     )
+
+
+def _ended(ids: list[int], tokenizer: Any) -> list[int]:
+    """With the end-of-sequence token, which TRL appends to what is learned."""
+    end = getattr(tokenizer, "eos_token_id", None)
+    return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
 
 def _joined(prompt: Iterable[int], answer: Iterable[int]) -> tuple[list[int], list[int]]:

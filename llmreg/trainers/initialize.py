@@ -14,10 +14,12 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 from ..adapters.data_configs import CordaConfig, DataConfig
 from ..adapters.data_start import start_from_data, start_from_statistics, waiting_adapters, waiting_layers
@@ -26,6 +28,7 @@ from ..adapters.start import is_distributed
 from ..calibration import CalibrationCache, Statistics, calibrate
 from ..calibration.passes import Forward
 from ..errors import LlmregWarning, RecipeError, UnsupportedError
+from ..sizes import parse_size
 from ..weights import gathering_forwards
 from .calibration_data import batches_of_trainer
 
@@ -64,7 +67,7 @@ def initialize(
     samples: int | None = 256,
     batch_size: int | None = None,
     max_tokens: int | None = None,
-    memory_budget: int | None = None,
+    memory_budget: int | str | None = None,
     exact: bool | None = None,
     sketch: int | None = None,
     forward: Forward | None = None,
@@ -81,7 +84,8 @@ def initialize(
         calibration_dataset: with a trainer, rows in TRL's formats in place of its training set.
         statistics: gathered before (`llmreg.calibration.calibrate`, `load_statistics`), in place of any data.
         samples, batch_size: of the rows that are taken from a data set; None: all, the trainer's.
-        max_tokens, memory_budget, exact, sketch, forward, cache: as in `llmreg.calibration.calibrate`.
+        max_tokens, memory_budget, exact, sketch, forward, cache: as in `llmreg.calibration.calibrate`; the budget also
+            as text, such as "2GB".
         seed: chooses the rows, and draws a sketch's test matrix.
 
     In a distributed run every process calls this; each reads its share of a trainer's data, and must be given its share
@@ -99,8 +103,9 @@ def initialize(
     names = waiting_adapters(tuner.model)
     if not names:
         raise _nothing_to_do(model)
-    if trainer is None and calibration_dataset is not None:
-        raise RecipeError("calibration_dataset needs a trainer, which tokenizes it; pass a dataloader with a model.")
+    memory_budget = _checked_arguments(trainer, dataloader, calibration_dataset, statistics, samples, memory_budget)
+    if isinstance(dataloader, Iterator) and len(names) > 1:
+        dataloader = list(dataloader)  # each adapter may need statistics of its own
     if trainer is not None:
         _check_trainer(trainer, model, names)
     given = [statistics] if isinstance(statistics, Statistics) else list(statistics or ())
@@ -125,6 +130,39 @@ def initialize(
     )
     logger.info("%s initialized in %.1f s", ", ".join(names), report.seconds)
     return report
+
+
+def _checked_arguments(
+    trainer: Any, dataloader: Any, dataset: Any, statistics: Any, samples: Any, memory_budget: Any
+) -> int | None:
+    """The memory budget in bytes; refuses what contradicts each other, and what is no data."""
+    given = {"dataloader": dataloader, "calibration_dataset": dataset, "statistics": statistics}
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) > 1:
+        raise RecipeError(f"{' and '.join(given)} were given, and only one of them can be used; leave the others out.")
+    if trainer is None and dataset is not None:
+        raise RecipeError("calibration_dataset needs a trainer, which tokenizes it; pass a dataloader with a model.")
+    if isinstance(dataloader, Mapping | str | Tensor):
+        raise RecipeError(
+            f"dataloader is {type(dataloader).__name__}, not a sequence of batches; give a list of what the model "
+            "takes, such as [{'input_ids': ..., 'attention_mask': ...}]."
+        )
+    if isinstance(dataset, Mapping | str):
+        raise RecipeError(
+            f"calibration_dataset is {type(dataset).__name__}, not rows; give one split of a data set, or a list of "
+            "rows."
+        )
+    known = [statistics] if isinstance(statistics, Statistics) else list(statistics or ())
+    if not all(isinstance(one, Statistics) for one in known):
+        raise RecipeError("statistics are what llmreg.calibration.calibrate or load_statistics returns.")
+    if samples is not None and samples < 1:
+        raise RecipeError(f"samples is {samples}; give a positive number, or None for all rows.")
+    if isinstance(memory_budget, str):
+        size = parse_size(memory_budget)
+        if size is None:
+            raise RecipeError(f"memory_budget is {memory_budget!r}; give bytes, or a size such as '2GB'.")
+        return size
+    return memory_budget
 
 
 @dataclass(frozen=True)
@@ -209,10 +247,12 @@ def _subsets(data: Iterable[Any], number: int) -> list[Iterable[Any]]:
 def _bare(model: Any) -> Iterator[None]:
     """The base without adapters; flags that PEFT sets when it switches them on again come back."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    with model.disable_adapter():
-        yield
-    for parameter, flag in flags:
-        parameter.requires_grad_(flag)
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def _tuner(model: Any) -> Any:
@@ -233,6 +273,13 @@ def _check_trainer(trainer: Any, model: Any, names: Sequence[str]) -> None:
             "llmreg.initialize(trainer) before train(), and let the trainer make the optimizer."
         )
 
+    for config in configs.values():
+        begins_elsewhere = not FORMS[config.form()].starts_at_zero
+        if begins_elsewhere and getattr(trainer.args, "precompute_ref_log_probs", False):
+            raise UnsupportedError(
+                f"precompute_ref_log_probs took the reference before {config.method} had its start; set it to False, "
+                "or call llmreg.initialize(model, dataloader) before the trainer is built."
+            )
     reference_is_base = getattr(trainer, "ref_model", model) is None and getattr(trainer, "beta", 1) != 0
     for config in configs.values():
         if reference_is_base and "ref" not in model.peft_config and not FORMS[config.form()].starts_at_zero:
@@ -247,8 +294,8 @@ def _nothing_to_do(model: Any) -> UnsupportedError:
     for name, config in model.peft_config.items():
         if isinstance(config, DataConfig):
             return UnsupportedError(
-                f"The adapter {name!r} ({config.method}) has its start already; make a new adapter to start on other "
-                "data."
+                f"The adapter {name!r} ({config.method}) has its start already (an adapter of the same settings beside "
+                "another takes that one's); to start one on other data, give it another seed."
             )
         own = getattr(config, "init_lora_weights", None)
         if own in ("eva", "corda"):

@@ -15,7 +15,7 @@ import llmreg
 from llmreg import CordaConfig, EvaConfig
 from llmreg.adapters.loading import use_statistics
 from llmreg.calibration import CalibrationReport, InputStatistics, Need, Statistics, calibrate
-from llmreg.errors import RecipeError, UnsupportedError
+from llmreg.errors import LlmregWarning, RecipeError, UnsupportedError
 from llmreg.initializers import corda, pissa
 from llmreg.weights import read_weight
 
@@ -466,3 +466,109 @@ def test_a_start_that_fails_half_way_leaves_the_adapter_waiting_as_a_whole(token
             assert layer.r["default"] == 4
             assert not any(factor.any() for factor in layer.factors("default").values())
     assert vars(model.peft_config["default"]) == before
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        {"alpha_pattern": {r".*\.q_proj": 16}},
+        {"rank_pattern": {"(q|v)_proj": 6}},
+        {"rank_pattern": {r"[a-z]_proj": 2}, "alpha_pattern": {"down_proj": 3}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **settings: EvaConfig(r=4, lora_alpha=4, target_modules=LINEAR, **settings),
+        lambda rank_pattern=None, **settings: CordaConfig(
+            r=4, lora_alpha=4, dynamic_ranks=True, target_modules=LINEAR, **settings
+        ),
+    ],
+    ids=["eva", "corda"],
+)
+def test_patterns_of_the_user_do_not_win_over_the_ranks_that_were_chosen(make, patterns, tokens, tmp_path):
+    checkpoint = saved.checkpoint(tmp_path / "base")
+    model = peft.get_peft_model(saved.load_base(checkpoint), make(**patterns))
+    llmreg.initialize(model, batches())
+    tiny_models.train(model, tokens)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(saved.load_base(checkpoint), tmp_path / "adapter")
+    assert saved.factor_bytes(loaded) == saved.factor_bytes(model)
+    assert torch.equal(saved.outputs(loaded, tokens), saved.outputs(model, tokens))
+    plain, _ = saved.PlainPeft.ask(checkpoint, tmp_path / "adapter", tokens)
+    assert saved.relative(plain, saved.outputs(model, tokens)) <= 1e-6
+
+
+def test_another_rank_or_other_targets_ask_for_data_of_their_own():
+    model, _ = started(EvaConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    model.add_adapter("larger", EvaConfig(r=8, target_modules=["q_proj", "down_proj"]))
+    model.add_adapter("everywhere", EvaConfig(r=4, target_modules="all-linear"))
+    for name in ("larger", "everywhere"):
+        assert all(name in layer.waiting for layer in layers(model, name).values())
+    report = llmreg.initialize(model, batches())
+    assert sum(report.ranks["larger"].values()) == 8 * 4
+    assert sum(report.ranks["everywhere"].values()) == 4 * 14
+
+
+def test_removing_layers_never_widens_the_targets(tmp_path):
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = {"model_type": "custom"}
+            self.layers = torch.nn.ModuleList(torch.nn.Linear(12, 12) for _ in range(3))
+            self.decoder = torch.nn.Module()
+            self.decoder.layers = torch.nn.ModuleList(torch.nn.Linear(12, 12) for _ in range(3))
+
+        def forward(self, x):
+            for layer in [*self.layers, *self.decoder.layers]:
+                x = torch.tanh(layer(x))
+            return x
+
+    torch.manual_seed(0)
+    base = Twice()
+    config = EvaConfig(r=2, rho=6.0, target_modules=["0", "1", "2"], exclude_modules=r"decoder\..*")
+    model = peft.get_peft_model(copy.deepcopy(base), config)
+    need = config.need()
+    of_layer = dict(made_up.statistics_for({f"layers.{i}": 12 for i in range(3)}, need))
+    of_layer["layers.1"] = InputStatistics(12, need)
+    of_layer["layers.1"].add(torch.eye(12).repeat(3, 1))
+    llmreg.initialize(model, statistics=Statistics(of_layer, CalibrationReport(200, 1, 1, 0.0, "made up")))
+    kept = set(layers(model))
+    assert kept < {"layers.0", "layers.1", "layers.2"}
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter")
+    assert set(layers(loaded)) == kept
+
+
+def test_statistics_that_do_not_serve_are_refused(tokens):
+    model = peft.get_peft_model(tiny_models.llama(), CordaConfig(r=4, target_modules=LINEAR))
+    _, other = moments(Need(mean=True))
+    with pytest.raises(RecipeError, match=r"were gathered as Need\(.*needs Need\(sample_scale='signed_max'"):
+        llmreg.initialize(model, statistics=other)
+    _, right = moments(CordaConfig(r=4).need())
+    with pytest.raises(RecipeError, match="2 sets of statistics were given and corda takes 1 here"):
+        llmreg.initialize(model, statistics=[right, right])
+    meta = peft.get_peft_model(tiny_models.llama(), CordaConfig(r=4, target_modules=LINEAR), low_cpu_mem_usage=True)
+    with pytest.raises(UnsupportedError, match="leave low_cpu_mem_usage=True out"):
+        llmreg.initialize(meta, statistics=right)
+
+
+def test_a_sketch_or_data_too_small_for_the_components_is_said():
+    model = peft.get_peft_model(tiny_models.mlp(), EvaConfig(r=4, target_modules=["first"]))
+    with pytest.raises(RecipeError, match="a sketch of 2 columns cannot tell the 8 components"):
+        llmreg.initialize(model, spiky(4), sketch=2)
+    with pytest.warns(LlmregWarning, match="4 tokens cannot tell the 8 components"):
+        llmreg.initialize(model, spiky(1, rows=4))
+
+
+def test_several_requested_ranks_cannot_be_allocated_as_one():
+    with pytest.raises(UnsupportedError, match="allocates the parameters of a uniform rank"):
+        started(CordaConfig(r=4, rank_pattern={"q_proj": 2}, dynamic_ranks=True, target_modules=LINEAR))
+
+
+def test_flags_are_flags():
+    with pytest.raises(UnsupportedError, match="centered must be True or False, got 'no'"):
+        EvaConfig(r=4, centered="no")
+    with pytest.raises(UnsupportedError, match="covariances must be a positive integer, got True"):
+        CordaConfig(r=4, covariances=True)

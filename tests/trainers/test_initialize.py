@@ -120,9 +120,9 @@ def test_another_data_set_takes_the_place_of_the_training_set(base, tmp_path):
     config = EvaConfig(r=2, target_modules=runs.TARGETS, use_label_mask=False)
     rows = Dataset.from_dict({"text": ["abc", "de"]})
     report = llmreg.initialize(build("sft", base, tmp_path, config), calibration_dataset=rows)
-    assert (report.calibration[0]["tokens"], report.calibration[0]["batches"]) == (5, 1)
+    assert (report.calibration[0]["tokens"], report.calibration[0]["batches"]) == (7, 1)  # with their ends
     report = llmreg.initialize(build("grpo", base, tmp_path, config), calibration_dataset=rows.to_list())
-    assert report.calibration[0]["tokens"] == 5
+    assert report.calibration[0]["tokens"] == 7
     report = llmreg.initialize(build("sft", base, tmp_path, config), samples=3)
     assert report.calibration[0]["groups"][0]["samples"] == 3
 
@@ -150,9 +150,9 @@ def test_prompts_carry_no_label():
             return {"input_ids": [ord(letter) for letter in text]}
 
     batch = batches_of_rows([{"prompt": "ab", "completion": "c"}, {"text": "d"}], Letters(), batch_size=2)[0]
-    assert batch["input_ids"].tolist() == [[97, 98, 99], [100, 0, 0]]
-    assert batch["labels"].tolist() == [[-100, -100, 99], [100, -100, -100]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["input_ids"].tolist() == [[97, 98, 99, 1], [100, 1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, -100, 99, 1], [100, 1, -100, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
 
 
 def test_what_is_to_be_kept_must_be_shown(base, tmp_path):
@@ -179,6 +179,40 @@ def test_a_trainer_of_transformers(base, tmp_path):
     trainer = transformers.Trainer(model, args=args, train_dataset=rows)
     assert llmreg.initialize(trainer).calibration[0]["tokens"] == 12
     trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dataloader": [], "calibration_dataset": []}, "dataloader and calibration_dataset were given"),
+        ({"dataloader": {"input_ids": torch.ones(1, 2)}}, "dataloader is dict, not a sequence of batches"),
+        ({"calibration_dataset": "rows.jsonl"}, "calibration_dataset is str, not rows"),
+        ({"statistics": ["statistics.safetensors"]}, "what llmreg.calibration.calibrate or load_statistics returns"),
+        ({"samples": 0}, "samples is 0; give a positive number"),
+        ({"memory_budget": "much"}, "give bytes, or a size such as '2GB'"),
+    ],
+)
+def test_arguments_that_cannot_be_meant_are_refused(arguments, message, base, tmp_path):
+    trainer = build("sft", base, tmp_path, EvaConfig(r=4, target_modules=runs.TARGETS))
+    with pytest.raises(RecipeError, match=message):
+        llmreg.initialize(trainer, **arguments)
+    assert llmreg.initialize(trainer, memory_budget="1GB").adapters == {"default": "eva"}
+
+
+def test_one_iterator_serves_several_adapters(base):
+    model = peft.get_peft_model(saved.load_base(base), EvaConfig(r=4, target_modules=runs.TARGETS))
+    model.add_adapter("corda", CordaConfig(r=4, target_modules=runs.TARGETS))
+    ids = torch.randint(3, 30, (4, 20), generator=torch.Generator().manual_seed(0))
+    report = llmreg.initialize(model, iter([{"input_ids": ids}]))
+    assert set(report.adapters) == {"default", "corda"}
+
+
+def test_a_reference_taken_before_the_start_is_refused(base, tmp_path):
+    config = llmreg.EoraConfig(r=4, target_modules=runs.TARGETS)
+    model = peft.get_peft_model(saved.load_base(base, "nf4"), config)
+    trainer = runs.dpo(model, tmp_path, precompute_ref_log_probs=True)
+    with pytest.raises(UnsupportedError, match="took the reference before eora had its start"):
+        llmreg.initialize(trainer)
 
 
 # -- llmreg's trainers ------------------------------------------------------------------------------------------------
