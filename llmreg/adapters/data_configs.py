@@ -49,8 +49,6 @@ class DataConfig(AdditiveConfig):
     removed_layers: ClassVar[frozenset[str]] = frozenset()
     #: `request()` of a live adapter before its start rewrote ranks and targets.
     asked: ClassVar[dict[str, Any] | None] = None
-    #: Whether the factors depend on the adapter's scaling.
-    STARTS_WITH_SCALING: ClassVar[bool] = True
 
     #: Names that PEFT's own config of the method has for a setting -> what to write here.
     PEFTS_NAMES: ClassVar[dict[str, str]] = {}
@@ -275,7 +273,6 @@ class EvaConfig(DataConfig):
 
     METHOD: ClassVar[str] = "eva"
     FORM: ClassVar[str] = "projection"
-    STARTS_WITH_SCALING: ClassVar[bool] = False
     SAVED_RANK: ClassVar[int] = 1
     PEFTS_NAMES: ClassVar[dict[str, str]] = {
         "adjust_scaling_factors": "adjust_scaling",

@@ -187,9 +187,8 @@ def _copy_start(tuner: Any, adapter_name: str, sibling: str) -> None:
     if any(rank != layers[name].r[adapter_name] for name, rank in ranks.items()):
         _set_ranks(tuner, adapter_name, config, layers, ranks)
     for layer in shared.values():
-        if layer.scaling[sibling] == layer.scaling[adapter_name] or not config.STARTS_WITH_SCALING:
-            layer.take_dtypes(adapter_name, sibling)
-            layer.set_start(adapter_name, layer.start(sibling))
+        layer.take_dtypes(adapter_name, sibling)
+        layer.set_start(adapter_name, layer.start(sibling))
     if config.quantizes_residual():
         share_residual(tuner, adapter_name, start=False)
 

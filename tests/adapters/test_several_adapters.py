@@ -146,8 +146,7 @@ def test_a_sibling_of_other_settings_lends_nothing(method, settings, monkeypatch
     monkeypatch.setattr(module, name, lambda *args: (called.append(1), original(*args)))
     model = peft.get_peft_model(tiny_models.mlp(), method(r=4, target_modules=["first"]))
     model.add_adapter("other", method(**{"r": 4, "target_modules": ["first"], **settings}))
-    scaling_only = "lora_alpha" in settings or "use_rslora" in settings
-    assert len(called) == (1 if method.METHOD == "eva" and scaling_only else 2)  # EVA's start does not depend on it
+    assert len(called) == 2
 
 
 def test_modules_to_save_belong_to_their_adapter(method):
