@@ -386,8 +386,9 @@ def _method_page(row: Any) -> Any:
         table.add_row(label.replace("_", " "), getattr(row, label))
     table.add_row("defaults", ", ".join(f"{key}: {value}" for key, value in row.defaults.items()))
     table.add_row("needs", ", ".join(row.needs) or "nothing beyond the base install")
-    forms = [row.saved_form, *(f"{form} (storage: {storage})" for storage, form in row.other_forms.items())]
-    table.add_row("saved as", f"{' or '.join(forms)} of rank {'r' if row.saved_rank == 1 else f'{row.saved_rank} r'}")
+    forms = [f"{row.saved_form} of rank {'r' if row.saved_rank == 1 else f'{row.saved_rank} r'}"]
+    forms += [f"{form} of rank r ({choice})" for choice, form in row.other_forms.items()]
+    table.add_row("saved as", " or ".join(forms))
     table.add_row("paper", f"{row.paper.title}, arXiv {row.paper.arxiv}, section {row.paper.section}")
     table.add_row("config", row.config.replace(":", "."))
     table.add_row("recipe", row.recipe)

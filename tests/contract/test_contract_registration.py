@@ -143,7 +143,7 @@ def member(request):
     return request.param
 
 
-#: EoRA does not start at the base and needs a checkpoint: tests/adapters/test_eora.py.
+#: EoRA does not start at the base and needs a checkpoint: tests/adapters/test_eora_adapter.py.
 ELSEWHERE = {"EoraConfig"}
 
 
