@@ -6,7 +6,8 @@ from .bone_config import BoneConfig
 from .bone_layer import BoneLinear
 from .bone_model import BoneModel
 from .config import AdditiveConfig
-from .data_configs import CordaConfig, EoraConfig, EvaConfig
+from .data_configs import CordaConfig, EvaConfig
+from .eora_config import EoraConfig
 from .layer import AdditiveLayer
 from .model import AdditiveModel
 from .peft_namesakes import explain_namesakes

@@ -1,4 +1,4 @@
-"""The config classes of the methods that start from calibration data: CorDA, EVA, EoRA.
+"""The config classes of the methods that start from calibration data: CorDA and EVA (EoRA: `eora_config`).
 
 `peft.get_peft_model` wraps the model and leaves such an adapter waiting; `llmreg.initialize` gathers the statistics
 and hands them, one distinct layer input at a time (`DataGroup`), to the methods below.
@@ -23,7 +23,6 @@ from ..initializers import (
     allocate_ranks,
     corda,
     damp,
-    eora,
     eva,
     eva_components,
     most_components,
@@ -37,7 +36,7 @@ from .convergence import Convergence
 from .data_group import DataGroup, DataLayer, second_moment
 from .svd_configs import ResidualConfig
 
-__all__ = ["CordaConfig", "DataConfig", "EoraConfig", "EvaConfig"]
+__all__ = ["CordaConfig", "DataConfig", "EvaConfig", "is_number"]
 
 
 @dataclass
@@ -165,7 +164,7 @@ class CordaConfig(ResidualConfig, DataConfig):
         super().__post_init__()
         if self.mode not in ("ipm", "kpm"):
             raise UnsupportedError(f"mode must be 'ipm' (largest components) or 'kpm' (smallest), got {self.mode!r}.")
-        if not (_is_number(self.damping) and 0 < self.damping < float("inf")):
+        if not (is_number(self.damping) and 0 < self.damping < float("inf")):
             raise UnsupportedError(f"damping must be a positive number, got {self.damping!r}.")
         if self.power not in (0.5, 1.0):
             raise UnsupportedError(f"power must be 1 (the paper's) or 0.5, got {self.power!r}.")
@@ -282,14 +281,14 @@ class EvaConfig(DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (_is_number(self.rho) and 1 <= self.rho < float("inf")):
+        if not (is_number(self.rho) and 1 <= self.rho < float("inf")):
             raise UnsupportedError(
                 f"rho must be a number >= 1 (1 keeps all ranks, the paper takes 2), got {self.rho!r}."
             )
         _check_flags(self, "centered", "whiten", "use_label_mask", "adjust_scaling")
-        if self.tau is not None and not (_is_number(self.tau) and 0 < self.tau <= 1):
+        if self.tau is not None and not (is_number(self.tau) and 0 < self.tau <= 1):
             raise UnsupportedError(f"tau is a cosine in (0, 1], for example 0.99, or None, got {self.tau!r}.")
-        if not (_is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1):
+        if not (is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1):
             raise UnsupportedError(f"lora_dropout is a share in [0, 1), got {self.lora_dropout!r}.")
 
     def redistributes(self) -> bool:
@@ -352,63 +351,11 @@ class EvaConfig(DataConfig):
         return [eva(survey, layer.rank, layer.shape[0], whiten_components=self.whiten) for layer in group.layers]
 
 
-@dataclass
-class EoraConfig(DataConfig):
-    """EoRA (arXiv 2410.21271): an adapter that makes up for the quantisation of its base, to begin training from.
-
-    `B A` is the rank-r correction of an NF4 or int8 weight that is best on the outputs over calibration data. So the
-    model with the adapter is better than the base from the start, and differs from it: a disabled adapter is the
-    quantised base. The full-precision weights are read from the model's checkpoint, layer by layer. Wrap the quantised
-    model, then call `llmreg.initialize`.
-
-    Args:
-        r: of the correction (paper: 128).
-        ridge: relative ridge on the second moment, which the formula divides by.
-        svd: "randomized" (default) or "exact".
-
-    Example:
-        >>> EoraConfig(r=32, target_modules="all-linear").lora_alpha
-        32
-    """
-
-    r: int | None = field(default=128, metadata={"help": "rank of the correction"})
-    ridge: float = field(default=1e-6, metadata={"help": "on the second moment, relative to its mean diagonal"})
-    svd: Literal["randomized", "exact"] = field(default="randomized", metadata={"help": "how to decompose"})
-
-    METHOD: ClassVar[str] = "eora"
-    FORM: ClassVar[str] = "product"
-    SAVED_RANK: ClassVar[int] = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not (_is_number(self.ridge) and 0 < self.ridge < 1):
-            raise UnsupportedError(f"ridge is a small positive number, for example 1e-6, got {self.ridge!r}.")
-        if self.svd not in ("randomized", "exact"):
-            raise UnsupportedError(f"svd must be 'randomized' or 'exact', got {self.svd!r}.")
-
-    def needs_original(self) -> bool:
-        return True
-
-    def start_settings(self, layer: str = "") -> tuple:
-        return (*super().start_settings(layer), self.ridge, self.svd)
-
-    def starts(self, group: DataGroup, survey: Any) -> list[Factors]:
-        part = group.parts[0]
-        moment = torch.eye(group.layers[0].shape[1]) if part is None else second_moment(part)
-        damped = damp(moment, self.ridge, dtype=torch.float64, device=group.device, overwrite=True)
-        return [self._start(layer, damped) for layer in group.layers]
-
-    def _start(self, layer: DataLayer, moment: Any) -> Factors:
-        start = eora(layer.original(), layer.weight(), layer.rank, moment, svd=self.svd, seed=self.seed)
-        root = layer.scaling**0.5
-        return Factors(start.A / root, start.B / root, start.singular_values)
-
-
 def _check_flags(config: Any, *names: str) -> None:
     for name in names:
         if not isinstance(getattr(config, name), bool):
             raise UnsupportedError(f"{name} must be True or False, got {getattr(config, name)!r}.")
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -21,7 +21,7 @@ from ..progress import track
 from ..weights import OriginalWeights, check_finite, gathered, read_weight, storage_of
 from .data_configs import DataConfig
 from .data_group import DataGroup, DataLayer
-from .layer import AdditiveLayer
+from .layer import AdditiveLayer, layers_of
 from .loading import current_statistics
 from .quantized_start import forget_records, set_residual, share_residual
 from .rollback import unchanged_on_error
@@ -34,7 +34,7 @@ __all__ = ["start_from_data", "start_from_statistics", "waiting_adapters", "wait
 def start_from_data(tuner: Any, adapter_name: str) -> None:
     """Start a new adapter from a sibling of the same settings (TRL's reference copy asks for no data), from the
     surrounding `use_statistics`, or let it wait for `llmreg.initialize`."""
-    for layer in _layers(tuner.model, adapter_name).values():
+    for layer in layers_of(tuner.model, adapter_name).values():
         layer.wait(adapter_name)
     sibling = _started_sibling(tuner, adapter_name)
     if sibling is not None:
@@ -44,17 +44,9 @@ def start_from_data(tuner: Any, adapter_name: str) -> None:
         start_from_statistics(tuner, adapter_name, statistics)
 
 
-def _layers(model: nn.Module, adapter_name: str) -> dict[str, Any]:
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, AdditiveLayer) and module.form(adapter_name)
-    }
-
-
 def waiting_layers(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     """The layers of `model` on which an adapter waits for its start, by name."""
-    return {name: layer for name, layer in _layers(model, adapter_name).items() if adapter_name in layer.waiting}
+    return {name: layer for name, layer in layers_of(model, adapter_name).items() if adapter_name in layer.waiting}
 
 
 def waiting_adapters(model: nn.Module) -> list[str]:
@@ -162,7 +154,7 @@ def _started_sibling(tuner: Any, adapter_name: str) -> str | None:
     for name, other in tuner.peft_config.items():
         if name == adapter_name or type(other) is not type(config):
             continue
-        layers = _layers(tuner.model, name)
+        layers = layers_of(tuner.model, name)
         started = layers and not any(name in layer.waiting for layer in layers.values())
         if started and _same_request(config, other):
             return name
@@ -177,7 +169,7 @@ def _same_request(config: DataConfig, other: DataConfig) -> bool:
 def _copy_start(tuner: Any, adapter_name: str, sibling: str) -> None:
     """Ranks and start of a sibling; where it redistributed ranks and has none, this adapter has none either."""
     config: DataConfig = tuner.peft_config[adapter_name]
-    layers = _layers(tuner.model, adapter_name)
+    layers = layers_of(tuner.model, adapter_name)
     shared = {name: layer for name, layer in layers.items() if layer.form(sibling)}
     ranks = {name: layer.r[sibling] for name, layer in shared.items()}
     absent = layers.keys() - shared.keys()

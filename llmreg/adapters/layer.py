@@ -25,7 +25,7 @@ from .kept_weight import copy_weight, put_back
 from .loading import exact_factors
 from .residual import LayerError, WayBack, refuse_residual_alone, refuse_residual_merge
 
-__all__ = ["AdditiveLayer", "AdditiveLinear", "additive_class", "downgrade", "upgrade"]
+__all__ = ["AdditiveLayer", "AdditiveLinear", "additive_class", "downgrade", "layers_of", "upgrade"]
 
 
 class AdditiveLayer:
@@ -270,6 +270,15 @@ def _restore_int8_scales(base: Any) -> None:
 
 class AdditiveLinear(AdditiveLayer, LoraLinear):
     """Over `torch.nn.Linear` and `transformers.pytorch_utils.Conv1D` with float weights."""
+
+
+def layers_of(model: nn.Module, adapter_name: str) -> dict[str, Any]:
+    """The layers of `model` that carry an additive adapter, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, AdditiveLayer) and module.form(adapter_name)
+    }
 
 
 def additive_class(base: nn.Module) -> Any:

@@ -34,7 +34,7 @@ from ..weights import (
 from ..weights.hashing import update
 from ..weights.quantized import quantized_parts
 from .kept_weight import replace_weight
-from .layer import AdditiveLayer
+from .layer import AdditiveLayer, layers_of
 from .residual import LayerError, WayBack
 from .start import decomposing_device, is_distributed
 from .start_key import fast_digest
@@ -109,7 +109,7 @@ def start_residual(tuner: Any, adapter_name: str) -> None:
         WeightError: the full-precision checkpoint cannot be read, or is of another model; NaN or Inf in a weight.
     """
     config = tuner.peft_config[adapter_name]
-    layers = _layers(tuner.model, adapter_name)
+    layers = layers_of(tuner.model, adapter_name)
     if any(layer.lora_A[adapter_name].weight.is_meta for layer in layers.values()):
         raise UnsupportedError(
             "low_cpu_mem_usage=True leaves the factors without values, and the residual is made for their values; "
@@ -131,7 +131,7 @@ def start_residual(tuner: Any, adapter_name: str) -> None:
 
 def share_residual(tuner: Any, adapter_name: str, *, start: bool) -> bool:
     """Let an adapter share the residual of its sibling, if one has it; with its sibling's `start` where asked for."""
-    layers = _layers(tuner.model, adapter_name)
+    layers = layers_of(tuner.model, adapter_name)
     for sibling in tuner.peft_config:
         if sibling != adapter_name and layers and all(sibling in layer.residual_error for layer in layers.values()):
             for layer in layers.values():
@@ -146,14 +146,6 @@ def share_residual(tuner: Any, adapter_name: str, *, start: bool) -> bool:
 def forget_records(tuner: Any) -> None:
     """What was recorded of the base for sidecars (`hub.base_records`) is of other weights now."""
     vars(tuner).pop("_llmreg_base_records", None)
-
-
-def _layers(model: nn.Module, adapter_name: str) -> dict[str, Any]:
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, AdditiveLayer) and module.form(adapter_name)
-    }
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from ..initializers import Factors
 from ..progress import track
 from ..weights import check_finite, gathered, read_weight
 from .config import AdditiveConfig
-from .layer import AdditiveLayer
+from .layer import layers_of
 from .side_by_side import Map, side_by_side
 from .start_cache import StartCache, current_starts
 from .start_key import StartKey, start_keys
@@ -50,7 +50,9 @@ def start_factors(
     Raises:
         WeightError: NaN or Inf in a base weight (the layer is named), or a storage that cannot be read.
     """
-    layers = [(name, module) for name, module in _layers(model, adapter_name) if not _is_meta(module, adapter_name)]
+    layers = [
+        (name, module) for name, module in layers_of(model, adapter_name).items() if not _is_meta(module, adapter_name)
+    ]
     siblings = _siblings(adapter_name, config, configs or {})
     missing = [
         (name, layer) for name, layer in layers if not _copy_from_sibling(name, layer, adapter_name, config, siblings)
@@ -62,12 +64,6 @@ def start_factors(
             _start_group(group, adapter_name, config, cache, run)
     if cache is not None:
         cache.finish(cache.hits - hits_before, len(missing))
-
-
-def _layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Any]]:
-    for name, module in model.named_modules():
-        if isinstance(module, AdditiveLayer) and module.form(adapter_name):
-            yield name, module
 
 
 def _is_meta(layer: Any, adapter_name: str) -> bool:

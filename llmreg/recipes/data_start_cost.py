@@ -20,7 +20,7 @@ from torch._subclasses import FakeTensorMode
 from ..adapters.data_group import DataGroup, DataLayer
 from ..calibration import InputStatistics
 from ..calibration.budget import Plan, plan_unlimited, plan_within
-from .memory_step import _LiveBytes, _materialize
+from .memory_step import LiveBytes, materialize
 from .schema import Calibration
 
 __all__ = ["DataStartCost", "data_start_cost"]
@@ -128,11 +128,11 @@ def _forward(
 
     try:
         with FakeTensorMode(), torch.no_grad():
-            _materialize(outline, device)
-            with _LiveBytes([*outline.parameters(), *outline.buffers()]) as memory:
+            materialize(outline, device)
+            with LiveBytes([*outline.parameters(), *outline.buffers()]) as memory:
                 _run(outline, rows, length, device)
             hooks = [outline.get_submodule(name).register_forward_pre_hook(see(name)) for name in layers]
-            with _LiveBytes([*outline.parameters(), *outline.buffers()]):
+            with LiveBytes([*outline.parameters(), *outline.buffers()]):
                 _run(outline, 1, 8, device)
             for hook in hooks:
                 hook.remove()
@@ -181,7 +181,7 @@ def _decomposition(
     part.add(torch.randn(2 * part.dim, part.dim, generator=generator) * falling)
     weights = [torch.randn(shape, generator=generator).to(device) for shape in small]
     _starts(config, weights, part, rank, device)  # libraries load outside the measurement
-    with _LiveBytes(weights, real=True) as memory:
+    with LiveBytes(weights, real=True) as memory:
         _starts(config, weights, part, rank, device)
     started = time.perf_counter()
     _starts(config, weights, part, rank, device)

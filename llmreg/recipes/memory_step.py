@@ -40,7 +40,7 @@ class StepMemory(NamedTuple):
     peak: int
 
 
-class _LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Adds up the storages that operations make, and takes them off when they die; of fake tensors unless `real`."""
 
     def __init__(self, existing: Iterable[Tensor] = (), *, real: bool = False) -> None:
@@ -126,9 +126,9 @@ def simulate_step(
     model.train()
     half = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
     with FakeTensorMode(), _triton_as_torch(device, base.config.get_text_config().vocab_size):
-        _materialize(model, device)
+        materialize(model, device)
         _dequantize_on_use(base, quantized)
-        with _LiveBytes([*model.parameters(), *model.buffers()]) as memory:
+        with LiveBytes([*model.parameters(), *model.buffers()]) as memory:
             batch = _batch(training, rows, length, device)
             with torch.autocast(device, half, enabled=half is not None):
                 loss = _loss(model, batch, task, training)
@@ -159,7 +159,7 @@ def _loss(model: Any, batch: dict[str, Tensor], task: str, training: Any) -> Ten
     return log_probs.sum()
 
 
-def _materialize(model: nn.Module, device: str) -> None:
+def materialize(model: nn.Module, device: str) -> None:
     """Give every meta parameter and buffer a fake storage on `device`; ties stay ties."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
@@ -231,11 +231,12 @@ def simulate_start(model: nn.Module, adapter_name: str, config: Any, *, copied: 
         config: an `AdditiveConfig`. copied: reading a weight makes a float32 copy of it (another dtype or device).
         device: where the decomposition runs.
     """
+    from ..adapters.layer import layers_of
     from ..adapters.side_by_side import at_once
-    from ..adapters.start import _batches, _groups, _layers  # the same as the real start's, whatever its budgets are
+    from ..adapters.start import _batches, _groups  # the same as the real start's, whatever its budgets are
 
     peaks: dict[tuple[int, ...], int] = {}
-    for group in _groups(_layers(model, adapter_name), adapter_name, config):
+    for group in _groups(layers_of(model, adapter_name).items(), adapter_name, config):
         (name, layer), batches = group[0], _batches(group)
         shape, count = (layer.out_features, layer.in_features), len(batches[0])
         key = (*shape, layer.r[adapter_name], len(group))
@@ -244,7 +245,7 @@ def simulate_start(model: nn.Module, adapter_name: str, config: Any, *, copied: 
         rank, scaling = layer.r[adapter_name], layer.scaling[adapter_name]
         with FakeTensorMode(), _Values(), torch.no_grad():
             weights = [torch.empty(shape, device=device) for _ in range(count)]
-            with _LiveBytes(weights) as memory:
+            with LiveBytes(weights) as memory:
                 factors = config.start(weights[0] if count == 1 else torch.stack(weights), rank, scaling, name)
                 workspace = memory.peak
                 del factors, weights

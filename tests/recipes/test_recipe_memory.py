@@ -263,12 +263,12 @@ def test_a_start_needs_room_only_where_it_decomposes(tmp_path):
 
 def test_the_starts_workspace_is_that_of_a_real_start(checkpoint):
     """One layer's decomposition with real tensors, seen by the same bookkeeping; simulated with no short cut taken."""
-    from llmreg.recipes.memory_step import _LiveBytes, simulate_start
+    from llmreg.recipes.memory_step import LiveBytes, simulate_start
 
     W = torch.randn(1024, 768, generator=torch.Generator().manual_seed(0))
     config = pissa(target_modules=["0"], task_type=None, power_iterations=4)
     adapted = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(768, 1024)), config)
-    with torch.no_grad(), _LiveBytes([W]) as real:
+    with torch.no_grad(), LiveBytes([W]) as real:
         config.start(W, 4, 1.0)
     assert real.peak <= simulate_start(adapted, "default", config, copied=False, device="cpu") <= 1.2 * real.peak
 
