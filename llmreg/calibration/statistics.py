@@ -130,10 +130,14 @@ class InputStatistics:
         return X.dtype in HALVES and (scale is None or rows.count >= _LONG_SAMPLE * rows.samples)
 
     def _add_half(self, X: Tensor, rows: TokenRows, scale: Tensor | None) -> None:
-        """Half-precision products are exact in tensor cores, so a scale goes onto the products instead."""
+        """Half-precision products are exact in tensor cores, so a scale goes onto the products instead.
+
+        One sequence is little work for a GPU, so what is launched for it is kept to a few kernels.
+        """
         row_scale = None if scale is None else scale[rows.sample_of]
         norms = torch.linalg.vector_norm(X, dim=1, dtype=torch.float32)
-        self.squares += (norms if row_scale is None else norms * row_scale).double().square().sum()
+        norm = torch.linalg.vector_norm(norms if row_scale is None else norms * row_scale, dtype=torch.float64)
+        self.squares.addcmul_(norm, norm)
         if self.sum is not None:
             for start in range(0, rows.count, 8192):
                 span = slice(start, start + 8192)
@@ -142,18 +146,15 @@ class InputStatistics:
         if isinstance(self.moment, SketchSum) or scale is None:
             self.moment.add_half(X, row_scale)
             return
+        weights = scale.square()
         for number, part in enumerate(X.split(rows.sizes)):
-            self.moment.add_half(part, scale[number].square())
+            self.moment.add_half(part, weights[number])
 
     def _scales(self, X: Tensor, rows: TokenRows) -> Tensor:
         """(samples,) float32 factors, the inverses of each sample's scale."""
-        top = torch.full((rows.samples,), -torch.inf, device=X.device)
-        bottom = -top
-        for span, piece in _pieces(X, rows):
-            sample = rows.sample_of[span]
-            top.scatter_reduce_(0, sample, piece.amax(1).float(), "amax")
-            bottom.scatter_reduce_(0, sample, piece.amin(1).float(), "amin")
-        largest = torch.maximum(top, -bottom)
+        highs, lows = zip(*((piece.amax(1), piece.amin(1)) for _, piece in _pieces(X, rows)), strict=True)
+        top, bottom = rows.largest(torch.cat(highs).float()), rows.largest(-torch.cat(lows).float())
+        largest = torch.maximum(top, bottom)
         scale = top.abs() if self.need.sample_scale == "signed_max" else largest
         scale = torch.where(scale == 0, largest, scale)
         return torch.where(scale == 0, 1.0, 1 / scale)

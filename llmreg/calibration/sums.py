@@ -49,11 +49,13 @@ class TriangleSum:
     def add_half(self, X: Tensor, weight: Tensor | None) -> None:
         """Add `weight * X^T X` of a half-precision `X` on CUDA: exact products, float32 sums, on tensor cores."""
         for first, last, row in self._rows:
-            product = _half_product(X[:, first:last].mT, X[:, first:])
-            if weight is None:
-                row.add_(product)
+            left, right = X[:, first:last].mT, X[:, first:]
+            if weight is not None:
+                row.addcmul_(_half_product(left, right), weight)
+            elif X.is_cuda:
+                torch.addmm(row, left, right, out_dtype=torch.float32, out=row)
             else:
-                row.addcmul_(product, weight)
+                row.add_(_half_product(left, right))
 
     def dense(self) -> Tensor:
         """The whole symmetric (dim, dim) matrix, float32."""
@@ -78,14 +80,17 @@ class SketchSum:
     ) -> None:
         self.dim, self.size, self.seed = dim, size, seed
         self.flat = torch.zeros(dim, size, device=device) if flat is None else flat
-        self._omega: Tensor | None = None
+        self._omega: dict[torch.dtype, Tensor] = {}
 
     @property
     def omega(self) -> Tensor:
         """The test matrix (dim, size), bfloat16 numbers in float32; shared by all sketches of one size and seed."""
-        if self._omega is None:
-            self._omega = _test_matrix(self.dim, self.size, self.seed, self.flat.device)
-        return self._omega
+        return self._omega_in(torch.float32)
+
+    def _omega_in(self, dtype: torch.dtype) -> Tensor:
+        if dtype not in self._omega:
+            self._omega[dtype] = _test_matrix(self.dim, self.size, self.seed, self.flat.device, dtype)
+        return self._omega[dtype]
 
     def add(self, X: Tensor, scale: Tensor | None = None) -> None:
         """Add `X^T (X Omega)` of `X` (tokens, dim), float32, its rows times `scale` (tokens,)."""
@@ -98,13 +103,14 @@ class SketchSum:
 
         The test matrix is bfloat16 anyway; `X Omega` becomes three bfloat16 terms, which hold a float32 whole.
         """
-        Z = _half_product(X, self.omega.bfloat16())
+        Z = _half_product(X, self._omega_in(torch.bfloat16))
         Z = Z if scale is None else Z.mul_(scale.square().unsqueeze(1))
-        terms = []
-        for _ in range(3):
-            terms.append(Z.bfloat16())
-            Z = Z - terms[-1].float()
-        Y = _half_product(X.mT, torch.cat(terms, dim=1))
+        terms = Z.new_empty(Z.shape[0], 3, self.size, dtype=torch.bfloat16)
+        for number in range(3):
+            terms[:, number] = Z
+            if number < 2:
+                Z -= terms[:, number]
+        Y = _half_product(X.mT, terms.flatten(1))
         self.flat += Y.view(self.dim, 3, self.size).sum(1)
 
     def factor(self, mean: Tensor | None = None, count: int = 0) -> Tensor:
@@ -139,11 +145,11 @@ def _packed_size(dim: int) -> int:
 _TEST_MATRICES: weakref.WeakValueDictionary[tuple, Tensor] = weakref.WeakValueDictionary()
 
 
-def _test_matrix(dim: int, size: int, seed: int, device: torch.device) -> Tensor:
-    key = (dim, size, seed, device)
+def _test_matrix(dim: int, size: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    key = (dim, size, seed, device, dtype)
     omega = _TEST_MATRICES.get(key)
     if omega is None:
-        omega = gaussian_sketch(dim, size, generator=make_generator(seed)).div_(dim**0.5).bfloat16().float().to(device)
+        omega = gaussian_sketch(dim, size, generator=make_generator(seed)).div_(dim**0.5).bfloat16().to(device, dtype)
         _TEST_MATRICES[key] = omega
     return omega
 

@@ -43,7 +43,14 @@ class TokenRows:
     @cached_property
     def sizes(self) -> list[int]:
         """Tokens of each sample; read from the device once for all layers of a batch."""
-        return self.sample_of.bincount().tolist()
+        return [self.count] if self.samples == 1 else self.sample_of.bincount().tolist()
+
+    def largest(self, values: Tensor) -> Tensor:
+        """(samples,) the largest of each sample's `values` (count,)."""
+        if self.count and len(set(self.sizes)) == 1:
+            return values.view(self.samples, -1).amax(1)
+        lowest = values.new_full((self.samples,), -torch.inf)
+        return lowest.scatter_reduce_(0, self.sample_of, values, "amax")
 
     def to(self, device: torch.device) -> TokenRows:
         index = None if self.index is None else self.index.to(device)
