@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from first_steps import summary as first_steps_summary
-from sweep import SCORES, best_rate, key, summaries
+from sweep import SCORES, best_rate, kept_at, key, summaries
 
 from llmreg.files import write_text
 
@@ -75,7 +76,8 @@ def bench_calibration() -> list[str]:
     rows = ["| Llama, hidden 1024, 8 layers, 16 x 256 tokens | peer | exact | sketched |", "|---|---:|---:|---:|"]
     for name, table in (("corda", _corda), ("eva", _eva), ("passes", _passes)):
         rows += table(sections[name]) if name in sections else []
-    return [*rows, "", *_quantized(sections["quantization"], sections["eora"])]
+    on_gpu = _on_gpu(sections["gpu"], measured["gpu"]["gpu"]) if "gpu" in sections else []
+    return [*rows, "", *on_gpu, "", *_quantized(sections["quantization"], sections["eora"])]
 
 
 def _corda(result: dict[str, Any]) -> list[str]:
@@ -109,6 +111,18 @@ def _passes(result: dict[str, Any]) -> list[str]:
     for method, label in (("corda", "CorDA"), ("eva", "EVA")):
         ours = " | ".join(f"{result['ratio'][f'{method} {form}']:.2f}x the time" for form in ("exact", "sketch"))
         rows.append(f"| calibration for {label}, against bare passes | {result['seconds']['bare']:.1f} s | {ours} |")
+    return rows
+
+
+def _on_gpu(result: dict[str, Any], gpu: str) -> list[str]:
+    """Calibration over bare passes by the size of a batch."""
+    sizes = [name for name in result if name.startswith("passes, ")]
+    heads = [f"{name.removeprefix('passes, ')}, {form}" for name in sizes for form in ("exact", "sketched")]
+    rows = [f"| Llama-2-7B shapes, {gpu} | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+    for method, label in (("corda", "CorDA"), ("eva", "EVA")):
+        ratios = [result[name]["ratio"][f"{method} {form}"] for name in sizes for form in ("exact", "sketch")]
+        cells = " | ".join(f"{ratio:.2f}x the time" for ratio in ratios)
+        rows.append(f"| calibration for {label}, against bare passes | {cells} |")
     return rows
 
 
@@ -252,6 +266,18 @@ def kept() -> list[str]:
     return rows
 
 
+def kept_at_equal_score() -> list[str]:
+    """The facts that are kept where the task is learned as well."""
+    entries, wanted = read("sweep")["recipes"], (0.7, 0.8, 0.85, 0.9, 0.95)
+    rows = [f"| word problems at least | {' | '.join(f'{score:.0%}' for score in wanted)} |"]
+    rows.append("|---|" + "---:|" * len(wanted))
+    for name in ("pocket-lora", "quickstart", "pocket-corda", "pocket-corda-kpm", "pocket-eva"):
+        cells = [kept_at(entries[name], score) for score in wanted]
+        shown_cells = [f"{statistics.mean(cell):.0%} ({len(cell)})" if cell else "never" for cell in cells]
+        rows.append(f"| `{name}` | {' | '.join(shown_cells)} |")
+    return rows
+
+
 def first_steps_table() -> list[str]:
     """The first hundred steps, each method at its best rate."""
     rows = [
@@ -268,6 +294,7 @@ def main() -> None:
     text = fill(readme.read_text(), "against_peft", against_peft())
     text = fill(text, "sweep", sweep())
     text = fill(text, "kept", kept())
+    text = fill(text, "kept_at_equal_score", kept_at_equal_score())
     text = fill(text, "first_steps", first_steps_table())
     text = fill(text, "conditioning", conditioning())
     text = fill(text, "bench_adapters", bench_adapters())

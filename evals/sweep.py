@@ -234,6 +234,20 @@ def best_rate(entry: dict[str, Any]) -> float:
     return max(sorted(rows), key=lambda rate: rows[rate]["means"][0])
 
 
+def kept_at(entry: dict[str, Any], wanted: float) -> list[float]:
+    """Of each seed that reaches `wanted` of the first score at some rate: the most of the second score it then has.
+
+    A rate is chosen for each seed, as one who looks at both scores would; a seed that never gets there is not in it.
+    """
+    by_seed: dict[str, list[float]] = {}
+    task, other = SCORES["sft"]
+    for name, done in entry["runs"].items():
+        scores = done["scores"]
+        if " world=1" not in name and scores[task]["after"] >= wanted:
+            by_seed.setdefault(name.split(" seed=")[1], []).append(scores[other]["after"])
+    return [max(scores) for scores in by_seed.values()]
+
+
 def show(results: dict[str, Any]) -> None:
     for name, entry in results["recipes"].items():
         for world in (0, 1):
