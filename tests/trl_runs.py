@@ -69,24 +69,35 @@ PREFERENCE = Dataset.from_dict(
 PROMPTS = Dataset.from_dict({"prompt": [t[:5] for t in _TEXTS]})
 
 
-def sft(model: Any, folder: Path, peft_config: Any = None, **arguments: Any) -> trl.SFTTrainer:
+def sft(
+    model: Any, folder: Path, peft_config: Any = None, trainers: Any = trl, own: Any = None, **arguments: Any
+) -> trl.SFTTrainer:
+    """`trainers`: trl, or llmreg.trainers with arguments of its `own`."""
     args = trl.SFTConfig(str(folder), **{**_COMMON, "max_length": 32, **arguments})
-    return trl.SFTTrainer(model, args=args, train_dataset=TEXT, eval_dataset=TEXT, peft_config=peft_config)
+    return trainers.SFTTrainer(
+        model, args=args, train_dataset=TEXT, eval_dataset=TEXT, peft_config=peft_config, **(own or {})
+    )
 
 
-def dpo(model: Any, folder: Path, peft_config: Any = None, **arguments: Any) -> trl.DPOTrainer:
+def dpo(
+    model: Any, folder: Path, peft_config: Any = None, trainers: Any = trl, own: Any = None, **arguments: Any
+) -> trl.DPOTrainer:
     args = trl.DPOConfig(str(folder), **{**_COMMON, "max_length": 32, **arguments})
-    return trl.DPOTrainer(model, args=args, train_dataset=PREFERENCE, peft_config=peft_config)
+    return trainers.DPOTrainer(model, args=args, train_dataset=PREFERENCE, peft_config=peft_config, **(own or {}))
 
 
-def grpo(model: Any, folder: Path, peft_config: Any = None, **arguments: Any) -> trl.GRPOTrainer:
+def grpo(
+    model: Any, folder: Path, peft_config: Any = None, trainers: Any = trl, own: Any = None, **arguments: Any
+) -> trl.GRPOTrainer:
     settings = {"num_generations": 2, "max_completion_length": 4, "beta": 0.04, **arguments}
     args = trl.GRPOConfig(str(folder), **{**_COMMON, **settings})
 
     def length(completions: list[str], **_: Any) -> list[float]:
         return [float(sum(map(ord, text)) % 7) for text in completions]
 
-    return trl.GRPOTrainer(model, args=args, reward_funcs=length, train_dataset=PROMPTS, peft_config=peft_config)
+    return trainers.GRPOTrainer(
+        model, args=args, reward_funcs=length, train_dataset=PROMPTS, peft_config=peft_config, **(own or {})
+    )
 
 
 BUILDERS = {"sft": sft, "dpo": dpo, "grpo": grpo}

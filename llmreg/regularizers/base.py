@@ -21,8 +21,9 @@ __all__ = ["SCHEDULES", "Context", "Head", "Need", "Regularizer", "check_weight"
 
 #: `hidden`: the inputs of the language-model head at scored positions. `teacher`: the same of the base without its
 #: adapters (of logits where the task is classification). `log_probs`: of the labels. `logits`: of a classifier.
-#: `advantages`: of each token, in reinforcement learning.
-Need = Literal["hidden", "teacher", "log_probs", "logits", "advantages"]
+#: `advantages`: of each token, in reinforcement learning. `rows`: which sequence a token belongs to, so not with
+#: packing. `model`: the wrapped model itself.
+Need = Literal["hidden", "teacher", "log_probs", "logits", "advantages", "rows", "model"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Context:
         log_probs: (n,) of the labels, with gradients, at the head's temperature.
         head: what makes logits of hidden states; teacher_head where it is another.
         logits: (batch, classes) of a classifier, with gradients; teacher_logits without.
+        model: the model that is trained, for terms on its parameters.
         advantages: (n,). old_log_probs: (n,) of the policy that sampled; None: the current policy is that.
         extra: what a regulariser's own trainer side prepared, (n,) each, by name.
         log: numbers to be logged beside the term, by their full key; the regulariser fills it.
@@ -71,6 +73,7 @@ class Context:
     teacher_logits: Tensor | None = None
     advantages: Tensor | None = None
     old_log_probs: Tensor | None = None
+    model: Any = None
     extra: dict[str, Tensor] = field(default_factory=dict)
     log: dict[str, float | Tensor] = field(default_factory=dict)
 

@@ -5,11 +5,20 @@ from typing import TYPE_CHECKING, Any
 
 from .callback import RegularizerCallback
 from .initialize import InitializationReport, initialize
+from .tuner_losses import TunerRegularizer
 
 if TYPE_CHECKING:
     from .trl_trainers import DPOTrainer, GRPOTrainer, SFTTrainer
 
-__all__ = ["DPOTrainer", "GRPOTrainer", "InitializationReport", "RegularizerCallback", "SFTTrainer", "initialize"]
+__all__ = [
+    "DPOTrainer",
+    "GRPOTrainer",
+    "InitializationReport",
+    "RegularizerCallback",
+    "SFTTrainer",
+    "TunerRegularizer",
+    "initialize",
+]
 
 
 def __getattr__(name: str) -> Any:

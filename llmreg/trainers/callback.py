@@ -1,121 +1,106 @@
 """The callback that applies regularisers in an unmodified Trainer, of transformers or TRL.
 
-A term on adapter parameters needs no forward pass and no second backward: its gradient is known in closed form. As a
-decoupled step it moves the parameters once after each optimizer step. As a term of the loss it is added to each
-parameter's gradient by a hook, once in the last backward pass of an accumulation window, before gradients are averaged
-over ranks and clipped. Either way it acts once a step, whatever the accumulation, batch and number of processes.
+Two kinds of terms, two mechanisms: those on adapter factors, whose gradient is known in closed form (`factor_terms`),
+and those on what the model puts out (`output_terms`). Both act exactly as much as their weights say, whatever the
+accumulation, the batches and the number of processes, and leave the loss that is reported, and evaluation, alone.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+import math
+from collections.abc import Sequence
+from typing import Any
 
-import torch
-from accelerate.state import GradientState
-from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
-from ..adapters import AdditiveConfig, AdditiveLayer
-from ..adapters.forms import FORMS
-from ..errors import UnsupportedError
+from ..errors import RecipeError, UnsupportedError
 from ..regularizers import OrthonormalRegularizer
-from ..regularizers.orthonormal import condition_number
-from ..weights import is_sharded
+from ..regularizers.base import Regularizer
+from .factor_terms import FactorTerms, marked_layers, orthonormal_terms
+from .output_terms import OutputTerms
 
 __all__ = ["RegularizerCallback"]
 
-logger = logging.getLogger("llmreg")
 
+class RegularizerCallback(TrainerCallback, ExportableState):
+    """Applies regularisers: `callbacks=[llmreg.RegularizerCallback([ConsistencyRegularizer(), ...])]`.
 
-class _Term(NamedTuple):
-    """One regulariser on one adapter: `factors` are pairs of a parameter and whether its rows or columns count."""
+    Logs `regularizer/<name>` (its value, unweighted) and `regularizer/<name>_weight` (with its schedule), and what a
+    term adds of its own, such as `regularizer/condition_number`. Trackers receive them where this callback comes
+    before theirs (recipes see to that); `trainer.state.log_history` has them in any case.
 
-    regularizer: OrthonormalRegularizer
-    adapter: str
-    layers: list[Any]
-    factors: list[tuple[nn.Parameter, bool]]
-
-    def matrices(self) -> list[Tensor]:
-        """The factors as matrices whose rows should be orthonormal."""
-        return [parameter.detach() if rows else parameter.detach().mT for parameter, rows in self.factors]
-
-
-class RegularizerCallback(TrainerCallback):
-    """Applies the regularisers that the adapters' configs ask for: `callbacks=[llmreg.RegularizerCallback()]`.
-
-    Logs `regularizer/<name>` (its value, unweighted), `regularizer/<name>_weight` and, for the orthonormal one,
-    `regularizer/condition_number` of the worst factor. Trackers receive them where this callback comes before theirs
-    (recipes see to that); `trainer.state.log_history` has them in any case.
+    In a trainer that is not llmreg's the callback does not know how many tokens an accumulation window has, nor
+    advantages: a term is then the mean of its micro-batches' means, as TRL averages its own added terms, and what needs
+    advantages is refused. `llmreg.trainers` tell it.
 
     Args:
-        regularizers: apply these to every adapter with orthonormal factors (SORSA), not what its config asks for.
+        regularizers: apply these, the orthonormal one to every adapter with orthonormal factors (SORSA); None: what the
+            adapters' configs ask for.
+        teacher: a model with a trained head, for the consistency of a classifier.
 
     Raises:
-        UnsupportedError: when training begins, where a regulariser could not act as it says: no trainable parameter
-            for it, sharded parameters (DeepSpeed, FSDP), or a loss term under fp16 loss scaling.
+        RecipeError: something that is no regulariser.
+        UnsupportedError: when training begins or at its first step, where a regulariser could not act as it says.
     """
 
-    def __init__(self, regularizers: Sequence[OrthonormalRegularizer] | None = None) -> None:
-        self._given = regularizers
-        self._terms: list[_Term] = []
-        self._hooks: list[Any] = []
-        self._added: set[int] = set()
-        self._directions: list[tuple[_Term, nn.Parameter, Tensor]] = []
+    def __init__(self, regularizers: Sequence[Any] | None = None, *, teacher: Any = None) -> None:
+        for one in regularizers or ():
+            if not isinstance(one, OrthonormalRegularizer | Regularizer):
+                raise RecipeError(
+                    f"{one!r} is no regulariser; give a list of them, such as [llmreg.regularizers."
+                    "ConsistencyRegularizer(weight=0.025)]."
+                )
+        self._given, self._teacher = regularizers, teacher
+        self._factors: FactorTerms | None = None
+        self.outputs: OutputTerms | None = None
+        self._marked: list[tuple[Any, str]] = []
+        self._windows: _Windows | None = None
+        self.memory: dict[str, Any] = {}
 
     # -- the trainer's events --------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.on_train_end(args, state, control)  # of a run that was interrupted
-        self._terms = list(_terms(model, self._given))
-        if not self._terms:
+        self._windows = _Windows(args, kwargs.get("train_dataloader"))
+        stored = (state.stateful_callbacks or {}).get(type(self).__name__) if state.global_step else None
+        if isinstance(stored, dict):
+            self.memory.update(stored.get("attributes", {}).get("memory", {}))
+        given = self._given
+        orthonormal = None if given is None else [one for one in given if isinstance(one, OrthonormalRegularizer)]
+        factors = list(orthonormal_terms(model, orthonormal))
+        others = _asked_for(model) if given is None else [one for one in given if one not in (orthonormal or [])]
+        if not factors and not others:
             raise UnsupportedError(
                 "RegularizerCallback found no adapter with a regulariser; give the model one (SorsaConfig), or leave "
                 "the callback out."
             )
-        for term in self._terms:
-            _check(term, args)
-            for layer in term.layers:
-                layer.set_regularized(term.adapter, True)
-            if not term.regularizer.decoupled:
-                self._hooks += [self._hook(term, parameter, rows) for parameter, rows in term.factors]
+        if orthonormal and not factors:
+            raise _no_orthonormal_factors()
+        self._factors = FactorTerms(factors, args)
+        if others:
+            _check_outputs(others, args)
+            temperature = float(getattr(args, "temperature", None) or 1.0)
+            self.outputs = OutputTerms(model, others, temperature=temperature, teacher=self._teacher)
+        self._marked = marked_layers(model, factors)
+        for layer, adapter in self._marked:
+            layer.set_regularized(adapter, True)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._added.clear()
+        if self._factors is not None:
+            self._factors.begin_step()
+        if self.outputs is not None and self._windows is not None:
+            self.outputs.begin_step(state.global_step / max(1, state.max_steps), self._windows.at(state.global_step))
 
-    @torch.no_grad()
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The directions of the decoupled step, where the optimizer's step starts from (the paper's update).
+        if self._factors is not None:
+            self._factors.before_optimizer_step(state.global_step)
+        if self.outputs is not None:
+            self.outputs.before_optimizer_step(state.global_step)
 
-        Of a term in the loss every hook must have fired: the task reaches all factors, or the term none (law 3).
-        """
-        self._directions = [
-            (term, parameter, _gradient(term, parameter, rows))
-            for term in self._terms
-            if term.regularizer.decoupled
-            for parameter, rows in term.factors
-        ]
-        expected = sum(len(term.factors) for term in self._terms if not term.regularizer.decoupled)
-        if len(self._added) < expected:
-            raise UnsupportedError(
-                f"The regulariser reached {len(self._added)} of {expected} factors at step {state.global_step}: the "
-                "loss does not depend on the others; activate the adapter, or set decoupled=True."
-            )
-
-    @torch.no_grad()
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        if getattr(optimizer, "step_was_skipped", False):  # fp16 found an overflow
-            return
-        rates = _relative_rates(optimizer, args.learning_rate)
-        for term, parameter, direction in self._directions:
-            if id(parameter) not in rates:
-                raise UnsupportedError(
-                    f"The regulariser {term.regularizer.name!r} follows the learning rate of each factor, and the "
-                    "optimizer lacks some; give the optimizer every parameter that requires gradients."
-                )
-            parameter.sub_(direction, alpha=term.regularizer.weight * rates[id(parameter)])
-        self._directions = []
+        if self._factors is not None:
+            self._factors.after_optimizer_step(optimizer, args.learning_rate)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs is None or "loss" not in logs:  # an evaluation, or the summary at the end
@@ -126,86 +111,70 @@ class RegularizerCallback(TrainerCallback):
             state.log_history[-1].update(values)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        while self._hooks:
-            self._hooks.pop().remove()
-        for term in self._terms:
-            for layer in term.layers:
-                layer.set_regularized(term.adapter, False)
-        self._terms, self._directions = [], []
+        for terms in (self._factors, self.outputs):
+            if terms is not None:
+                terms.remove()
+        for layer, adapter in self._marked:
+            layer.set_regularized(adapter, False)
+        self._factors = self.outputs = None
+        self._marked = []
 
-    # -- what they do ----------------------------------------------------------------------------------------------
+    # -- what it keeps ----------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def values(self) -> dict[str, float]:
         """What is logged, now; empty outside of training."""
-        values: dict[str, float] = {}
-        for term in self._terms:
-            prefix = "regularizer/" if len(self._terms) == 1 else f"regularizer/{term.adapter}/"
-            matrices = [matrix.float() for matrix in term.matrices()]
-            values[f"{prefix}{term.regularizer.name}"] = float(term.regularizer.loss(matrices))
-            values[f"{prefix}{term.regularizer.name}_weight"] = float(term.regularizer.weight)
-            values[f"{prefix}condition_number"] = condition_number(matrices)
-        return values
+        found = [terms.values() for terms in (self._factors, self.outputs) if terms is not None]
+        return {name: value for values in found for name, value in values.items()}
 
-    def _hook(self, term: _Term, parameter: nn.Parameter, rows: bool) -> Any:
-        def add(gradient: Tensor) -> Tensor:
-            if not GradientState().sync_gradients or id(parameter) in self._added:
-                return gradient
-            self._added.add(id(parameter))
-            return gradient + term.regularizer.weight * _gradient(term, parameter, rows).to(gradient.dtype)
-
-        return parameter.register_hook(add)
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: `memory`, such as running thresholds; schedules follow from the step."""
+        return {"args": {}, "attributes": {"memory": self.memory}}
 
 
-def _gradient(term: _Term, parameter: nn.Parameter, rows: bool) -> Tensor:
-    return term.regularizer.gradient(parameter.detach(), len(term.factors), rows=rows)
+class _Windows:
+    """Micro-batches of each accumulation window: the last one of an epoch may be shorter."""
+
+    def __init__(self, args: Any, dataloader: Any) -> None:
+        self._full = args.gradient_accumulation_steps
+        try:
+            self._batches: int | None = len(dataloader)
+        except TypeError:  # a stream
+            self._batches = None
+
+    def at(self, step: int) -> int:
+        if not self._batches:
+            return self._full
+        steps = math.ceil(self._batches / self._full)
+        rest = self._batches % self._full
+        return rest if rest and step % steps == steps - 1 else self._full
 
 
-def _terms(model: Any, given: Sequence[OrthonormalRegularizer] | None) -> Iterator[_Term]:
-    for name, config in getattr(model, "peft_config", {}).items():
-        if not isinstance(config, AdditiveConfig) or not FORMS[config.form()].orthonormal:
-            continue
-        layers: list[Any] = [m for m in model.modules() if isinstance(m, AdditiveLayer) and m.form(name)]
-        pairs = [(layer.lora_A[name].weight, layer.lora_B[name].weight) for layer in layers]
-        factors = [factor for A, B in pairs for factor in ((A, True), (B, False)) if factor[0].requires_grad]
-        if not factors and name not in model.active_adapters:
-            continue
-        for regularizer in _of(config) if given is None else given:
-            yield _Term(regularizer, name, layers, factors)
+def _asked_for(model: Any) -> list[Regularizer]:
+    """The output terms that adapters' configs ask for."""
+    configs = getattr(model, "peft_config", {}).items()
+    asked = [config.regularizers() for name, config in configs if hasattr(config, "regularizers")]
+    return [one for found in asked for one in found if not isinstance(one, OrthonormalRegularizer)]
 
 
-def _of(config: Any) -> list[OrthonormalRegularizer]:
-    """What a config asks for."""
-    if not config.needs_regularizer():
-        return []
-    return [OrthonormalRegularizer(config.weights, config.squared, config.reduction, config.decoupled)]
+def _check_outputs(regularizers: Sequence[Regularizer], args: Any) -> None:
+    names = [one.name for one in regularizers]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UnsupportedError(f"The regulariser {twice[0]!r} is there twice; give one, with the weight of both.")
+    if args.fp16:
+        raise UnsupportedError(
+            f"The regularisers {', '.join(names)} cannot act: fp16 scales the loss that their gradients are added to; "
+            "train in bf16 or float32."
+        )
+    if getattr(args, "use_liger_kernel", False):
+        raise UnsupportedError(
+            f"The regularisers {', '.join(names)} cannot act: Liger's fused loss passes by the model's output; set "
+            "use_liger_kernel=False."
+        )
 
 
-def _check(term: _Term, args: Any) -> None:
-    refusals: tuple[tuple[Callable[[], bool], str], ...] = (
-        (lambda: not term.factors, f"no factor of adapter {term.adapter!r} is trainable"),
-        (
-            lambda: bool(getattr(args, "deepspeed", None)) or any(is_sharded(layer) for layer in _bases(term)),
-            "DeepSpeed and FSDP keep parameters in shards, which it does not gather; train with DDP or one process",
-        ),
-        (
-            lambda: args.fp16 and not term.regularizer.decoupled,
-            "fp16 scales gradients; train in bf16, or set decoupled=True",
-        ),
+def _no_orthonormal_factors() -> UnsupportedError:
+    return UnsupportedError(
+        "RegularizerCallback found no adapter whose factors start orthonormal, which the orthonormal regulariser is "
+        "for (SorsaConfig); leave it out."
     )
-    for applies, reason in refusals:
-        if applies():
-            raise UnsupportedError(f"The regulariser {term.regularizer.name!r} cannot act: {reason}.")
-
-
-def _bases(term: _Term) -> list[nn.Module]:
-    return [layer.lora_A[term.adapter] for layer in term.layers]
-
-
-def _relative_rates(optimizer: Any, peak: float) -> dict[int, float]:
-    """`lr_t / lr_peak` of each parameter; schedulers keep the peak as `initial_lr`."""
-    return {
-        id(parameter): group["lr"] / (group.get("initial_lr") or peak or 1.0)
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }

@@ -17,6 +17,7 @@ import trl
 from ..adapters.data_start import waiting_adapters
 from .callback import RegularizerCallback
 from .initialize import InitializationReport, initialize
+from .output_terms import Batch
 
 __all__ = ["DPOTrainer", "GRPOTrainer", "SFTTrainer"]
 
@@ -51,12 +52,30 @@ class _Prepared:
         )
         if asked and not any(isinstance(callback, RegularizerCallback) for callback in callbacks):
             callbacks.insert(0, RegularizerCallback(regularizers))  # before trackers, which get what it logs
+        self._regularizer_callback = next((one for one in callbacks if isinstance(one, RegularizerCallback)), None)
 
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
         """As in TRL, after the adapters that wait for data were given their start."""
         if waiting_adapters(self.model):
             self.initialization = initialize(self, **self._calibration)
         return super().train(*args, **kwargs)  # type: ignore[misc]
+
+    def compute_loss(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in TRL; the regularisers learn what the micro-batch is a part of."""
+        terms = self._regularizer_callback and self._regularizer_callback.outputs
+        if terms is None or not self.model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        terms.batch = self._batch(inputs, kwargs.get("num_items_in_batch"))
+        try:
+            return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            terms.batch = None
+
+    def _batch(self: Any, inputs: Any, items: Any) -> Batch:
+        tokens = items
+        if items is not None and self.args.average_tokens_across_devices:
+            tokens = items / self.accelerator.num_processes
+        return Batch(self.current_gradient_accumulation_steps, tokens)
 
 
 class SFTTrainer(_Prepared, trl.SFTTrainer):
@@ -66,6 +85,22 @@ class SFTTrainer(_Prepared, trl.SFTTrainer):
 class DPOTrainer(_Prepared, trl.DPOTrainer):
     """`trl.DPOTrainer` with `regularizers=`, `calibration_dataset=` and `calibration=`."""
 
+    def _batch(self, inputs: Any, items: Any) -> Batch:
+        return Batch(self.current_gradient_accumulation_steps)  # its loss is a mean of micro-batches' means too
+
 
 class GRPOTrainer(_Prepared, trl.GRPOTrainer):
     """`trl.GRPOTrainer` with `regularizers=`, `calibration_dataset=` and `calibration=`."""
+
+    def _batch(self, inputs: Any, items: Any) -> Batch:
+        window = self.current_gradient_accumulation_steps
+        tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
+        mask = inputs["completion_mask"]
+        return Batch(
+            window,
+            tokens * window / self.args.steps_per_generation,  # of the generation batch, as TRL's own token mean
+            advantages=inputs["advantages"],
+            old_log_probs=inputs.get("old_per_token_logps"),
+            mask=mask * inputs["tool_mask"] if "tool_mask" in inputs else mask,
+            extra={name: value for name, value in inputs.items() if name.startswith("low_probability")},
+        )

@@ -109,9 +109,9 @@ def test_the_decoupled_step_follows_the_learning_rate_schedule(tmp_path):
     class Spy(RegularizerCallback):
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
             super().on_pre_optimizer_step(args, state, control, **kwargs)
-            term = self._terms[0]
+            term = self._factors.terms[0]
             self.factor, rows = term.factors[0]
-            self.gradient = term.regularizer.gradient(self.factor.detach(), len(term.factors), rows=rows)
+            self.gradient = term.gradient(self.factor, rows)
 
         def on_optimizer_step(self, args, state, control, **kwargs):
             before = self.factor.detach().clone()
@@ -214,7 +214,7 @@ def test_a_run_after_an_interrupted_one_adds_the_term_once(tmp_path):
     class Interrupted(RegularizerCallback):
         def on_step_begin(self, *args, **kwargs):
             super().on_step_begin(*args, **kwargs)
-            hooks.append(len(self._hooks))
+            hooks.append(len(self._factors._hooks))
             if len(hooks) == 1:
                 raise KeyboardInterrupt
 

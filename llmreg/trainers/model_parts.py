@@ -1,0 +1,95 @@
+"""The parts of a wrapped language model that terms on its output are about: backbone, head, and the base alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ..errors import UnsupportedError
+from ..regularizers.base import Head
+
+__all__ = ["backbone_of", "evaluating", "head_of", "without_adapters"]
+
+
+def _base(model: Any) -> Any:
+    get_base_model = getattr(model, "get_base_model", None)
+    return get_base_model() if callable(get_base_model) else model
+
+
+def backbone_of(model: nn.Module) -> nn.Module | None:
+    """The module whose last hidden state goes into the head; None where there is no such thing."""
+    base = _base(model)
+    backbone = getattr(base, "base_model", None)
+    return backbone if isinstance(backbone, nn.Module) and backbone is not base else None
+
+
+def head_of(model: nn.Module, temperature: float = 1.0) -> Head:
+    """The head as TRL's trainers apply it: with the model's own logit scale and soft cap.
+
+    Raises:
+        UnsupportedError: there is none, or an adapter is on it.
+    """
+    base = _base(model)
+    layer = getattr(base, "get_output_embeddings", lambda: None)()
+    if layer is None:
+        raise UnsupportedError(f"{type(base).__name__} has no language-model head, which the regularisers need.")
+    if hasattr(layer, "base_layer"):
+        raise UnsupportedError(
+            "An adapter is on the language-model head, which TRL's trainers do not train; leave it out of "
+            "target_modules (all-linear leaves it out)."
+        )
+    config = base.config.get_text_config()
+    return Head(
+        layer.weight,
+        getattr(layer, "bias", None),
+        temperature=temperature,
+        softcap=getattr(config, "final_logit_softcapping", None),
+        scale=_logit_scale(config),
+    )
+
+
+def _logit_scale(config: Any) -> float:
+    """Families name the factor on their logits differently, and some divide by it; the names that TRL looks for."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name))
+    if getattr(config, "logits_scaling", None) is not None:
+        factor = float(config.logits_scaling)
+        return factor if config.model_type == "hyperclovax" else 1 / factor
+    return 1.0
+
+
+@contextmanager
+def without_adapters(model: Any) -> Iterator[None]:
+    """The base alone; flags that PEFT sets when it switches adapters on again come back.
+
+    Raises:
+        UnsupportedError: there is no adapter, so nothing else would be left.
+    """
+    if not hasattr(model, "disable_adapter"):
+        raise UnsupportedError(
+            "The teacher is the base without its adapter, and this model has no adapter: all of it is trained; wrap it "
+            "with one (peft.get_peft_model), or leave the consistency regulariser out."
+        )
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, every module's own mode afterwards."""
+    training = [part for part in module.modules() if part.training]
+    try:
+        module.eval()
+        yield
+    finally:
+        for part in training:
+            part.training = True
