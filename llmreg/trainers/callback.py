@@ -170,15 +170,8 @@ def _terms(model: Any, given: Sequence[OrthonormalRegularizer] | None) -> Iterat
         factors = [factor for A, B in pairs for factor in ((A, True), (B, False)) if factor[0].requires_grad]
         if not factors and name not in model.active_adapters:
             continue
-        for regularizer in _of(config) if given is None else given:
+        for regularizer in config.regularizers() if given is None else given:
             yield _Term(regularizer, name, layers, factors)
-
-
-def _of(config: Any) -> list[OrthonormalRegularizer]:
-    """What a config asks for."""
-    if not config.needs_regularizer():
-        return []
-    return [OrthonormalRegularizer(config.weights, config.squared, config.reduction, config.decoupled)]
 
 
 def _check(term: _Term, args: Any) -> None:
