@@ -49,6 +49,7 @@ __all__ = [
 #: Where each name lives; imported when it is asked for.
 _LATER = {
     "AdditiveConfig": "adapters",
+    "BaLoraConfig": "adapters",
     "BoneConfig": "adapters",
     "CordaConfig": "adapters",
     "EoraConfig": "adapters",

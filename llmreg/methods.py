@@ -153,6 +153,37 @@ _ROWS = (
         other_forms=_BESIDE_RESIDUAL,
     ),
     Method(
+        name="balora",
+        title="BA-LoRA",
+        kind="additive",
+        config="llmreg.adapters:BaLoraConfig",
+        paper=Paper(
+            "BA-LoRA: Bias-Alleviating Low-Rank Adaptation to Mitigate Catastrophic Inheritance in Large Language "
+            "Models",
+            "2408.04556",
+            "3",
+        ),
+        what="PiSSA with three terms on the model's outputs: near the base's, diverse, and of few leading directions.",
+        when="You want PiSSA's progress and less forgetting, or the classes of a task are unequally many.",
+        when_not="The base itself should be unlearned, or steps must be cheap: the consistency term asks the base "
+        "about every batch.",
+        cost="PiSSA's start and memory; a step runs the base forward once more (consistency) and passes the scored "
+        "tokens through the head again for each term, in tiles, and W^T W of the head is decomposed once; the saved "
+        "LoRA has rank 2r unless exported with a rank.",
+        defaults={
+            "lora_alpha": "r",
+            "weights": 1.0,
+            "consistency": None,
+            "diversity": None,
+            "singular_values": None,
+            "variant": "iclr",
+            "task_kind": None,
+        },
+        recipe="recipes/pocket-balora.yaml",
+        saved_rank=2,
+        other_forms=_BESIDE_RESIDUAL,
+    ),
+    Method(
         name="svfit",
         title="SVFit",
         kind="additive",

@@ -2,6 +2,7 @@
 
 import peft as _peft  # noqa: F401, first: llmreg registers itself when PEFT has been imported
 
+from .balora_config import BaLoraConfig
 from .bone_config import BoneConfig
 from .bone_layer import BoneLinear
 from .bone_model import BoneModel
@@ -26,6 +27,7 @@ __all__ = [
     "AdditiveConfig",
     "AdditiveLayer",
     "AdditiveModel",
+    "BaLoraConfig",
     "BoneConfig",
     "BoneLinear",
     "BoneModel",

@@ -181,6 +181,10 @@ class AdditiveConfig(LoraConfig):
         """Whether training must be given a regulariser that this config asks for."""
         return False
 
+    def regularizers(self) -> list[Any]:
+        """The regularisers that this config asks for; empty unless `needs_regularizer()`."""
+        return []
+
     def chooses_rank(self, layer: str) -> bool:
         """Whether the start decides the rank of this layer, and not `r` or `rank_pattern`."""
         return False

@@ -158,6 +158,14 @@ class SorsaConfig(ResidualConfig):
     def needs_regularizer(self) -> bool:
         return bool(self.weights)
 
+    def regularizers(self) -> list[Any]:
+        from ..regularizers import OrthonormalRegularizer
+
+        if not self.needs_regularizer():
+            return []
+        assert self.weights is not None
+        return [OrthonormalRegularizer(self.weights, self.squared, self.reduction, self.decoupled)]
+
     def start(self, W: Any, rank: int, scaling: float, layer: str = "") -> Factors:
         parts = singular_components(W, rank, **self.svd_options())
         if self.quantizes_residual():  # the adapter's `s B diag(S) A` is itself a part of `W` then

@@ -10,6 +10,7 @@ from ..errors import LlmregError
 from .data import TrainingData
 from .planning import Plan
 from .progress_callback import use_training_bar
+from .regularizing import load_teacher
 from .schema import Recipe
 
 __all__ = ["build_trainer", "check_chat_template", "located_in_adapter"]
@@ -48,11 +49,20 @@ def build_trainer(settled: Plan, model: Any, tokenizer: Any, data: TrainingData)
             "training.max_length.",
         )
     use_training_bar(trainer)
-    if getattr(settled.adapter, "needs_regularizer", bool)():
-        from ..trainers import RegularizerCallback
-
-        trainer.callback_handler.callbacks.insert(0, RegularizerCallback())  # before trackers, which get what it logs
+    if settled.regularizers or getattr(settled.adapter, "needs_regularizer", bool)():
+        _regularize(settled, trainer)
     return trainer
+
+
+def _regularize(settled: Plan, trainer: Any) -> None:
+    from ..trainers import RegularizerCallback
+
+    given = list(settled.regularizers) or None
+    callback = RegularizerCallback(given, teacher=load_teacher(settled.recipe))
+    if hasattr(trainer, "use_regularizers"):
+        trainer.use_regularizers(callback)
+    else:
+        trainer.callback_handler.callbacks.insert(0, callback)  # before trackers, which get what it logs
 
 
 @contextmanager
@@ -75,9 +85,9 @@ def _trainer(settled: Plan, model: Any, tokenizer: Any, data: TrainingData) -> A
         _train_new_modules(settled.adapter, model)
         wrapped = get_peft_model(model, settled.adapter)
         return classification_trainer(wrapped, settled.training, tokenizer, data.train, data.heldout)
-    import trl
+    from .. import trainers
 
-    trainer_class = {"sft": trl.SFTTrainer, "dpo": trl.DPOTrainer}[settled.recipe.task]
+    trainer_class = {"sft": trainers.SFTTrainer, "dpo": trainers.DPOTrainer}[settled.recipe.task]
     return trainer_class(
         model=model,
         args=settled.training,

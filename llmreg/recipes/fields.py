@@ -33,10 +33,12 @@ def check_fields(
     *,
     managed: Mapping[str, str],
     hidden: frozenset[str] = frozenset(),
+    at: Location | None = None,
 ) -> None:
     """Check `values` of `recipe.<section>` against the fields of the dataclass `config_class`.
 
     Args:
+        at: where the section stands, if not at the top.
         managed: fields that a recipe does not set -> what to write instead.
         hidden: fields that are never suggested.
 
@@ -46,7 +48,7 @@ def check_fields(
     known = hints(config_class)
     offered = [name for name in known if name not in managed and name not in hidden]
     for name, value in values.items():
-        location: Location = (section, name)
+        location: Location = (*(at or (section,)), name)
         if name in managed:
             raise recipe.error(location, f"{section}.{name} is not set here: {managed[name]}.", at_key=True)
         if name not in known:

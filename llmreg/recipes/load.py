@@ -21,7 +21,7 @@ from pydantic import BaseModel, ValidationError
 
 from ..errors import RecipeError
 from .document import Document, Location, PlainDumper, parse, parse_value, read_text
-from .schema import SECTIONS_TO_COME, Recipe
+from .schema import Recipe
 
 __all__ = ["dump_recipe", "load_recipe", "make_recipe", "nearest", "suggestion"]
 
@@ -192,9 +192,6 @@ def _apply(document: Document, override: str) -> None:
 
 
 def _validate(document: Document) -> Recipe:
-    for section in SECTIONS_TO_COME:
-        if document.values.get(section) is not None:
-            raise document.error((section,), f"{section} is not in this version of llmreg; remove it.", at_key=True)
     for section, key in _PATHS:
         inner = document.values.get(section)
         if isinstance(inner, dict) and key in inner:

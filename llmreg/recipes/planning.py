@@ -22,6 +22,7 @@ from .conflicts import (
     chooses_ranks,
 )
 from .fields import check_fields
+from .regularizing import build_regularizers
 from .schema import Recipe
 from .tasks import TASKS, TaskKind, config_class
 
@@ -67,6 +68,7 @@ class Plan:
         adapter: an instance of the method's config class.
         training: an instance of the task's config class; its output folder is `output.dir/checkpoints`.
         exported_rank: the largest rank of the plain LoRA that is published.
+        regularizers: what the recipe lists; where it lists nothing the adapter's config decides.
     """
 
     recipe: Recipe
@@ -74,6 +76,7 @@ class Plan:
     adapter: Any
     training: Any
     exported_rank: int
+    regularizers: tuple[Any, ...] = ()
 
     @property
     def ranks_known(self) -> bool:
@@ -96,12 +99,13 @@ def plan(recipe: Recipe, *, new_output: bool = True) -> Plan:
         training = _training(recipe)
         check_calibration(recipe, method, adapter)
         exported_rank = check_adapter(recipe, method, adapter)
+        regularizers = build_regularizers(recipe, adapter)
         check_training(recipe, training)
         check_environment(recipe, training)
         check_sources(recipe)
         if new_output:
             check_output(recipe)
-    return Plan(recipe, method, adapter, training, exported_rank)
+    return Plan(recipe, method, adapter, training, exported_rank, tuple(regularizers))
 
 
 def _method(recipe: Recipe) -> Method:

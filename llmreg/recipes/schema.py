@@ -17,10 +17,7 @@ from ..sizes import parse_size
 from .document import Document
 from .tasks import TASKS, TASKS_TO_COME
 
-__all__ = ["SECTIONS_TO_COME", "Adapter", "Calibration", "Data", "Evaluation", "Model", "Output", "Recipe"]
-
-#: Sections that later versions read.
-SECTIONS_TO_COME = ("regularizers",)
+__all__ = ["Adapter", "Calibration", "Data", "Evaluation", "Model", "Output", "Recipe", "Regularizer"]
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -82,6 +79,25 @@ class Adapter(BaseModel):
         return dict(self.model_extra or {})
 
 
+class Regularizer(BaseModel):
+    """A term of the loss by its name, `weight`, and any other field of its class in `llmreg.regularizers`.
+
+    Attributes:
+        name: orthonormal, consistency, diversity, singular_values, low_probability, targeted_entropy, or tuner.
+        teacher: for the consistency of a classifier, a checkpoint with a trained head: a Hub id or a folder.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str = Field(strict=True, min_length=1)
+    teacher: str | None = Field(default=None, strict=True, min_length=1)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The fields of its class as written."""
+        return dict(self.model_extra or {})
+
+
 class Calibration(_Section):
     """Data from which the methods start that need some (corda, eva, eora): the base runs over it once before training.
 
@@ -132,6 +148,10 @@ class Calibration(_Section):
     def rows(self) -> int | None:
         """`samples` as a number; None: all."""
         return None if self.samples == "all" else self.samples
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
 
 
 def _is_whole(value: Any) -> bool:
@@ -188,6 +208,7 @@ class Recipe(_Section):
     data: Data
     adapter: Adapter
     calibration: Calibration | None = None
+    regularizers: tuple[Regularizer, ...] = ()
     training: dict[str, Any] = Field(default_factory=dict)
     evaluation: Evaluation = Field(default_factory=Evaluation)
     output: Output
@@ -201,6 +222,11 @@ class Recipe(_Section):
         if not isinstance(values, dict):
             return values
         return {key: value for key, value in values.items() if value is not None}
+
+    @field_validator("regularizers", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return tuple({"name": one} if isinstance(one, str) else one for one in value) if _is_list(value) else value
 
     @field_validator("task")
     @classmethod

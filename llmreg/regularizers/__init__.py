@@ -1,5 +1,25 @@
 """Terms added to a loss: one file a regulariser, pure functions of tensors; nothing here knows TRL."""
 
+from .consistency import ConsistencyRegularizer
+from .diversity import DiversityRegularizer
 from .orthonormal import OrthonormalRegularizer
+from .singular_values import SingularValueRegularizer
 
-__all__ = ["OrthonormalRegularizer"]
+__all__ = [
+    "REGULARIZERS",
+    "ConsistencyRegularizer",
+    "DiversityRegularizer",
+    "OrthonormalRegularizer",
+    "SingularValueRegularizer",
+]
+
+#: By name, as recipes write them.
+REGULARIZERS = {
+    kind.name: kind
+    for kind in (
+        OrthonormalRegularizer,
+        ConsistencyRegularizer,
+        DiversityRegularizer,
+        SingularValueRegularizer,
+    )
+}

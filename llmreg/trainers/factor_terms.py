@@ -130,7 +130,7 @@ def orthonormal_terms(model: Any, given: Sequence[OrthonormalRegularizer] | None
         factors = [factor for A, B in pairs for factor in ((A, True), (B, False)) if factor[0].requires_grad]
         if not factors and name not in model.active_adapters:
             continue
-        for regularizer in _of(config) if given is None else given:
+        for regularizer in config.regularizers() if given is None else given:
             yield FactorTerm(regularizer, name, layers, factors)
 
 
@@ -144,13 +144,6 @@ def marked_layers(model: Any, terms: Sequence[FactorTerm]) -> list[tuple[Any, st
 
 def _asks(config: Any) -> bool:
     return isinstance(config, AdditiveConfig) and config.needs_regularizer() and not FORMS[config.form()].orthonormal
-
-
-def _of(config: Any) -> list[OrthonormalRegularizer]:
-    """What a config asks for."""
-    if not config.needs_regularizer():
-        return []
-    return [OrthonormalRegularizer(config.weights, config.squared, config.reduction, config.decoupled)]
 
 
 def _check(term: FactorTerm, args: Any) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import UnsupportedError
 from ..regularizers.base import Head
 
-__all__ = ["backbone_of", "evaluating", "head_of", "without_adapters"]
+__all__ = ["backbone_of", "evaluating", "has_head", "head_of", "without_adapters"]
 
 
 def _base(model: Any) -> Any:
@@ -24,6 +24,12 @@ def backbone_of(model: nn.Module) -> nn.Module | None:
     base = _base(model)
     backbone = getattr(base, "base_model", None)
     return backbone if isinstance(backbone, nn.Module) and backbone is not base else None
+
+
+def has_head(model: nn.Module) -> bool:
+    """Whether it is a language model, not a classifier."""
+    get = getattr(_base(model), "get_output_embeddings", None)
+    return callable(get) and get() is not None
 
 
 def head_of(model: nn.Module, temperature: float = 1.0) -> Head:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedError
 from ..regularizers.base import Context, Regularizer, schedule_factor
 from ..regularizers.vocabulary import token_statistics
-from .model_parts import backbone_of, evaluating, head_of, without_adapters
+from .model_parts import backbone_of, evaluating, has_head, head_of, without_adapters
 
 __all__ = ["Batch", "OutputTerms"]
 
@@ -80,7 +80,9 @@ class OutputTerms:
     def __init__(
         self, model: nn.Module, regularizers: Sequence[Regularizer], *, temperature: float = 1.0, teacher: Any = None
     ) -> None:
-        self.model, self.regularizers, self.teacher = model, list(regularizers), teacher
+        task = "nlg" if has_head(model) else "nlu"
+        self.regularizers = [one.for_task(task) if hasattr(one, "for_task") else one for one in regularizers]
+        self.model, self.teacher = model, teacher
         self.batch: Batch | None = None
         self.progress, self.window = 0.0, 1
         self._temperature = temperature

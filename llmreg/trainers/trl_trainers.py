@@ -50,9 +50,14 @@ class _Prepared:
         asked = regularizers is not None or any(
             getattr(config, "needs_regularizer", bool)() for config in getattr(self.model, "peft_config", {}).values()
         )
-        if asked and not any(isinstance(callback, RegularizerCallback) for callback in callbacks):
-            callbacks.insert(0, RegularizerCallback(regularizers))  # before trackers, which get what it logs
         self._regularizer_callback = next((one for one in callbacks if isinstance(one, RegularizerCallback)), None)
+        if asked and self._regularizer_callback is None:
+            self.use_regularizers(RegularizerCallback(regularizers))
+
+    def use_regularizers(self: Any, callback: RegularizerCallback) -> None:
+        """Apply this callback's regularisers, before trackers, which get what it logs."""
+        self._regularizer_callback = callback
+        self.callback_handler.callbacks.insert(0, callback)
 
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
         """As in TRL, after the adapters that wait for data were given their start."""

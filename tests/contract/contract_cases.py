@@ -78,6 +78,7 @@ class Case:
 ALL_CASES = (
     Case("pissa", "PissaConfig"),
     Case("sorsa", "SorsaConfig", settings={"weights": None}),
+    Case("balora", "BaLoraConfig", settings={"weights": None}),
     Case("svfit", "SvfitConfig", noise=0.5, lr=0.5, always_float32=True),
     Case("corda", "CordaConfig"),
     Case("eva", "EvaConfig"),

@@ -1,0 +1,120 @@
+"""A recipe's `regularizers`: checked before the model loads, built for the trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import LlmregError
+from .fields import check_fields
+from .load import suggestion
+from .schema import Recipe
+
+__all__ = ["build_regularizers", "load_teacher"]
+
+
+def build_regularizers(recipe: Recipe, adapter: Any) -> list[Any]:
+    """The regularisers that the recipe lists; `adapter` is its config.
+
+    Raises:
+        RecipeError: an unknown name or field (with a suggestion), a value that it does not take, or a regulariser that
+            the task, the data's format or the adapter leave without what it needs.
+    """
+    built: list[Any] = []
+    for index, entry in enumerate(recipe.regularizers):
+        section, place = f"regularizers.{index}", ("regularizers", index)
+        known = _known()
+        if entry.name not in known:
+            message = f"there is no regulariser {entry.name!r}; {suggestion(entry.name, known)}"
+            raise recipe.error((*place, "name"), message)
+        kind = known[entry.name]
+        check_fields(recipe, section, entry.settings, kind, managed={}, at=place)
+        try:
+            one = kind(**entry.settings)
+        except LlmregError as error:
+            named = next((name for name in entry.settings if name in str(error)), None)
+            raise recipe.error((*place, named) if named else place, str(error)) from None
+        if hasattr(one, "for_task"):
+            one = one.for_task("nlu" if recipe.task == "classification" else "nlg")
+        if any(other.name == one.name for other in built):
+            raise recipe.error(place, f"{one.name} is listed twice; write it once.")
+        _check(recipe, index, one, adapter)
+        built.append(one)
+    if not built:
+        _check_asked(recipe, adapter)
+    return built
+
+
+def load_teacher(recipe: Recipe) -> Any:
+    """The classifier that the consistency regulariser compares with; None where none is named."""
+    named = [(index, entry.teacher) for index, entry in enumerate(recipe.regularizers) if entry.teacher]
+    if not named:
+        return None
+    from transformers import AutoModelForSequenceClassification
+
+    index, name = named[0]
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(name).requires_grad_(False)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise recipe.error(
+            ("regularizers", index, "teacher"), f"the teacher {name!r} cannot be loaded: {reason}"
+        ) from None
+
+
+def _known() -> dict[str, Any]:
+    from ..regularizers import REGULARIZERS
+    from ..trainers import TunerRegularizer
+
+    return {**REGULARIZERS, TunerRegularizer.name: TunerRegularizer}
+
+
+def _check(recipe: Recipe, index: int, one: Any, adapter: Any) -> None:
+    place = ("regularizers", index)
+    entry, needs = recipe.regularizers[index], getattr(one, "needs", frozenset())
+    classifies = recipe.task == "classification"
+    if "advantages" in needs and recipe.task != "grpo":
+        raise recipe.error(place, f"{one.name} needs advantages, which only task: grpo has; remove it.")
+    if "logits" in needs and not classifies:
+        raise recipe.error(place, f"{one.name} is about a classifier's logits here; write task: classification.")
+    if classifies and needs & {"hidden", "log_probs"}:
+        raise recipe.error(place, f"{one.name} is about next tokens, which a classifier has not; remove it.")
+    if "rows" in needs and (recipe.training.get("packing") or recipe.training.get("padding_free")):
+        raise recipe.error(place, f"{one.name} is a statistic of rows, and packing mixes documents in them; remove it.")
+    if entry.teacher and not (classifies and "teacher" in needs):
+        raise recipe.error(
+            (*place, "teacher"), "only the consistency of a classifier takes a teacher; the base is it else; remove it."
+        )
+    if classifies and "teacher" in needs and not entry.teacher and one.weight:
+        raise recipe.error(
+            place,
+            f"{one.name} needs a teacher with a trained head here, and the base's head is new; write teacher: PATH.",
+        )
+    if "teacher" in needs and getattr(adapter, "residual", None) == "quantized":
+        raise recipe.error(
+            place,
+            f"{one.name} takes the disabled adapter's base as its teacher, and residual: quantized changes that base; "
+            "write adapter.residual: difference.",
+        )
+    if one.name == "orthonormal" and not _orthonormal(adapter):
+        raise recipe.error(
+            place,
+            "orthonormal keeps factors that start orthonormal so, and would destroy others; write adapter.method: sorsa.",
+        )
+
+
+def _check_asked(recipe: Recipe, adapter: Any) -> None:
+    """What the adapter's config asks for by itself."""
+    for one in getattr(adapter, "regularizers", list)():
+        if recipe.task == "classification" and "teacher" in getattr(one, "needs", ()):
+            raise recipe.error(
+                ("adapter", one.name),
+                f"{one.name} of a classifier needs a teacher with a trained head, and the base's head is new; write "
+                f"adapter.{one.name}: 0, or list the regularizers, this one with a teacher.",
+            )
+
+
+def _orthonormal(adapter: Any) -> bool:
+    from ..adapters.forms import FORMS
+
+    form = getattr(adapter, "form", None)
+    return callable(form) and FORMS[form()].orthonormal
