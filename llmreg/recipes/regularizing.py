@@ -70,7 +70,8 @@ def _known() -> dict[str, Any]:
 
 def _check(recipe: Recipe, index: int, one: Any, adapter: Any) -> None:
     place = ("regularizers", index)
-    entry, needs = recipe.regularizers[index], getattr(one, "needs", frozenset())
+    entry = recipe.regularizers[index]
+    needs: frozenset[str] = getattr(one, "needs", frozenset())
     classifies = recipe.task == "classification"
     if "advantages" in needs and recipe.task != "grpo":
         raise recipe.error(place, f"{one.name} needs advantages, which only task: grpo has; remove it.")
@@ -98,7 +99,7 @@ def _check(recipe: Recipe, index: int, one: Any, adapter: Any) -> None:
     if one.name == "orthonormal" and not _orthonormal(adapter):
         raise recipe.error(
             place,
-            "orthonormal keeps factors that start orthonormal so, and would destroy others; write adapter.method: sorsa.",
+            "orthonormal keeps orthonormal factors so, and would destroy others; write adapter.method: sorsa.",
         )
 
 
