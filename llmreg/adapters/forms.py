@@ -70,8 +70,8 @@ class Form(LoraVariant):
     frozen: ClassVar[tuple[str, ...]]
     #: Whether `dtype` is final; else PEFT turns half precision into float32 afterwards.
     own_dtypes: ClassVar[bool] = False
-    #: Whether the trained `A` starts with orthonormal rows and `B` with orthonormal columns.
-    orthonormal: ClassVar[bool] = False
+    #: The trained factors that start orthonormal: the rows of `A`, the columns of `B`.
+    orthonormal: ClassVar[tuple[str, ...]] = ()
     #: Whether the adapter adds exactly nothing at its start.
     starts_at_zero: ClassVar[bool] = True
 
@@ -186,7 +186,7 @@ class ScaledDifference(Difference):
 
     trained = ("lora_A", "lora_B", "lora_S")
     frozen = ("lora_A0", "lora_B0", "lora_S0")
-    orthonormal = True
+    orthonormal = ("lora_A", "lora_B")
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
@@ -324,6 +324,7 @@ class Projection(Product):
 
     frozen = ("lora_A0",)
     starts_at_zero = True
+    orthonormal = ("lora_A",)
 
     @classmethod
     def set_start(cls, layer: Any, name: str, start: Factors) -> None:

@@ -96,11 +96,19 @@ def _check(recipe: Recipe, index: int, one: Any, adapter: Any) -> None:
             f"{one.name} takes the disabled adapter's base as its teacher, and residual: quantized changes that base; "
             "write adapter.residual: difference.",
         )
-    if one.name == "orthonormal" and not _orthonormal(adapter):
+    if one.name == "orthonormal" and not _has_factors(adapter, one):
         raise recipe.error(
             place,
-            "orthonormal keeps orthonormal factors so, and would destroy others; write adapter.method: sorsa.",
+            "orthonormal keeps orthonormal factors so, and would destroy others; write adapter.method: sorsa, or for "
+            "factors like PiSSA's target: initial_gram.",
         )
+
+
+def _has_factors(adapter: Any, one: Any) -> bool:
+    from ..adapters import AdditiveConfig
+    from ..trainers.factor_terms import regularized_factors
+
+    return isinstance(adapter, AdditiveConfig) and bool(regularized_factors(adapter, one))
 
 
 def _check_asked(recipe: Recipe, adapter: Any) -> None:
@@ -112,10 +120,3 @@ def _check_asked(recipe: Recipe, adapter: Any) -> None:
                 f"{one.name} of a classifier needs a teacher with a trained head, and the base's head is new; write "
                 f"adapter.{one.name}: 0, or list the regularizers, this one with a teacher.",
             )
-
-
-def _orthonormal(adapter: Any) -> bool:
-    from ..adapters.forms import FORMS
-
-    form = getattr(adapter, "form", None)
-    return callable(form) and FORMS[form()].orthonormal

@@ -9,13 +9,16 @@ squared norm is smooth, but another method; it is an option.
 The paper's update is decoupled from the task's, `W <- W - lr_t dL/dW - gamma_t dR/dW` with `gamma_t = gamma lr_t /
 lr_peak`. Its authors' code adds `gamma / lr_peak dR/dW` to the gradient instead, which is the same for SGD only: Adam's
 moments mix the two. `decoupled=True` (default) is the paper's update, in the manner of decoupled weight decay.
+
+Factors that do not start orthonormal (PiSSA's, `A0 A0^T = S`) would be destroyed by that; for them the Gram matrices of
+the start can stand in place of `I`: `target="initial_gram"`, `|| A A^T - A0 A0^T ||_F`. That is not in the paper.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -36,48 +39,60 @@ class OrthonormalRegularizer:
         squared: square the Frobenius norms.
         reduction: "mean" over factors (the authors' code, with which 4e-4 was used) or "sum" (the paper's formula).
         decoupled: a step of its own beside the optimizer's, from the same factors; False adds the term to the loss.
+        target: "identity", for factors that start orthonormal (SORSA; of EVA, `A`), or "initial_gram".
 
     Raises:
-        UnsupportedError: a weight that is no number >= 0, or an unknown reduction.
+        UnsupportedError: a weight that is no number >= 0, or an unknown reduction or target.
     """
 
     weight: float = 4e-4
     squared: bool = False
     reduction: Literal["mean", "sum"] = "mean"
     decoupled: bool = True
+    target: Literal["identity", "initial_gram"] = "identity"
 
-    name = "orthonormal"
+    name: ClassVar[str] = "orthonormal"
 
     def __post_init__(self) -> None:
         if not (isinstance(self.weight, int | float) and 0 <= self.weight < float("inf")):
             raise UnsupportedError(f"weight must be a number >= 0, got {self.weight!r}.")
         if self.reduction not in ("mean", "sum"):
             raise UnsupportedError(f"reduction must be 'mean' or 'sum', got {self.reduction!r}.")
+        if self.target not in ("identity", "initial_gram"):
+            raise UnsupportedError(f"target must be 'identity' or 'initial_gram', got {self.target!r}.")
 
-    def loss(self, factors: Sequence[Tensor]) -> Tensor:
+    def loss(self, factors: Sequence[Tensor], targets: Sequence[Tensor | None] | None = None) -> Tensor:
         """`R`, a scalar with gradients; without the weight. At an exactly orthonormal factor its gradient is 0.
+
+        Args:
+            factors: `(r, n)` each. targets: what `A A^T` should be, `(r, r)` each; None: the identity.
 
         Example:
             >>> round(float(OrthonormalRegularizer().loss([1.1 * torch.eye(4)])), 4)
             0.42
         """
-        terms = [_deviation(factor).square().sum() for factor in factors]
+        wanted = targets or [None] * len(factors)
+        terms = [_deviation(*pair).square().sum() for pair in zip(factors, wanted, strict=True)]
         if not self.squared:
             terms = [_root(term) for term in terms]
         total = torch.stack(terms).sum()
         return total / len(terms) if self.reduction == "mean" else total
 
     @torch.no_grad()
-    def gradient(self, factor: Tensor, count: int, *, rows: bool = True) -> Tensor:
+    def gradient(self, factor: Tensor, count: int, *, rows: bool = True, target: Tensor | None = None) -> Tensor:
         """`dR / d factor`, in closed form and the factor's dtype; computed in float32 at least.
 
         Args:
             factor: `(r, n)`, or with `rows=False` one whose columns should be orthonormal, `(n, r)`.
             count: number of factors that `R` is taken over.
+            target: (r, r) what the Gram matrix should be; None: the identity.
         """
         exact = factor.to(torch.promote_types(factor.dtype, torch.float32))
         gram = exact @ exact.mT if rows else exact.mT @ exact
-        gram.diagonal(dim1=-2, dim2=-1).sub_(1)
+        if target is None:
+            gram.diagonal(dim1=-2, dim2=-1).sub_(1)
+        else:
+            gram.sub_(target)
         parts = count if self.reduction == "mean" else 1
         if self.squared:
             gram.mul_(4 / parts)
@@ -87,9 +102,9 @@ class OrthonormalRegularizer:
         return (gram @ exact if rows else exact @ gram).to(factor.dtype)
 
 
-def _deviation(factor: Tensor) -> Tensor:
+def _deviation(factor: Tensor, target: Tensor | None) -> Tensor:
     gram = factor @ factor.mT
-    return gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return gram - (torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device) if target is None else target)
 
 
 def _root(term: Tensor) -> Tensor:

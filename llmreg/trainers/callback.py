@@ -70,13 +70,13 @@ class RegularizerCallback(TrainerCallback, ExportableState):
         orthonormal = None if given is None else [one for one in given if isinstance(one, OrthonormalRegularizer)]
         factors = list(orthonormal_terms(model, orthonormal))
         others = _asked_for(model) if given is None else [one for one in given if one not in (orthonormal or [])]
+        if orthonormal and not factors:
+            raise _no_orthonormal_factors()
         if not factors and not others:
             raise UnsupportedError(
                 "RegularizerCallback found no adapter with a regulariser; give the model one (SorsaConfig), or leave "
                 "the callback out."
             )
-        if orthonormal and not factors:
-            raise _no_orthonormal_factors()
         self._factors = FactorTerms(factors, args)
         if others:
             _check_outputs(others, args)
@@ -176,5 +176,5 @@ def _check_outputs(regularizers: Sequence[Regularizer], args: Any) -> None:
 def _no_orthonormal_factors() -> UnsupportedError:
     return UnsupportedError(
         "RegularizerCallback found no adapter whose factors start orthonormal, which the orthonormal regulariser is "
-        "for (SorsaConfig); leave it out."
+        "for (SorsaConfig, EvaConfig); give it target='initial_gram' for factors like PiSSA's, or leave it out."
     )

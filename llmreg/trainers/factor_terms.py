@@ -21,23 +21,36 @@ from ..regularizers import OrthonormalRegularizer
 from ..regularizers.orthonormal import condition_number
 from ..weights import is_sharded
 
-__all__ = ["FactorTerm", "FactorTerms", "marked_layers", "orthonormal_terms"]
+__all__ = ["FactorTerm", "FactorTerms", "marked_layers", "orthonormal_terms", "regularized_factors"]
+
+
+class TrainedFactor(NamedTuple):
+    """A parameter, whether its rows or its columns count, and what their Gram matrix should be (None: identity)."""
+
+    parameter: nn.Parameter
+    rows: bool
+    target: Tensor | None
 
 
 class FactorTerm(NamedTuple):
-    """One regulariser on one adapter: `factors` are pairs of a parameter and whether its rows or columns count."""
+    """One regulariser on one adapter."""
 
     regularizer: OrthonormalRegularizer
     adapter: str
     layers: list[Any]
-    factors: list[tuple[nn.Parameter, bool]]
+    factors: list[TrainedFactor]
 
     def matrices(self) -> list[Tensor]:
-        """The factors as matrices whose rows should be orthonormal."""
-        return [parameter.detach() if rows else parameter.detach().mT for parameter, rows in self.factors]
+        """The factors as matrices whose rows count."""
+        return [one.parameter.detach() if one.rows else one.parameter.detach().mT for one in self.factors]
 
-    def gradient(self, parameter: nn.Parameter, rows: bool) -> Tensor:
-        return self.regularizer.gradient(parameter.detach(), len(self.factors), rows=rows)
+    def gradient(self, factor: TrainedFactor) -> Tensor:
+        return self.regularizer.gradient(
+            factor.parameter.detach(), len(self.factors), rows=factor.rows, target=factor.target
+        )
+
+    def value(self, matrices: Sequence[Tensor]) -> float:
+        return float(self.regularizer.loss(matrices, [factor.target for factor in self.factors]))
 
 
 class FactorTerms:
@@ -56,7 +69,7 @@ class FactorTerms:
         for term in self.terms:
             _check(term, args)
             if not term.regularizer.decoupled:
-                self._hooks += [self._hook(term, parameter, rows) for parameter, rows in term.factors]
+                self._hooks += [self._hook(term, factor) for factor in term.factors]
 
     def begin_step(self) -> None:
         self._added.clear()
@@ -68,10 +81,10 @@ class FactorTerms:
         Of a term in the loss every hook must have fired: the task reaches all factors, or the term none (law 3).
         """
         self._directions = [
-            (term, parameter, term.gradient(parameter, rows))
+            (term, factor.parameter, term.gradient(factor))
             for term in self.terms
             if term.regularizer.decoupled
-            for parameter, rows in term.factors
+            for factor in term.factors
         ]
         expected = sum(len(term.factors) for term in self.terms if not term.regularizer.decoupled)
         if len(self._added) < expected:
@@ -101,7 +114,7 @@ class FactorTerms:
         for term in self.terms:
             prefix = "regularizer/" if len(self.terms) == 1 else f"regularizer/{term.adapter}/"
             matrices = [matrix.float() for matrix in term.matrices()]
-            values[f"{prefix}{term.regularizer.name}"] = float(term.regularizer.loss(matrices))
+            values[f"{prefix}{term.regularizer.name}"] = term.value(matrices)
             values[f"{prefix}{term.regularizer.name}_weight"] = float(term.regularizer.weight)
             values[f"{prefix}condition_number"] = condition_number(matrices)
         return values
@@ -110,28 +123,50 @@ class FactorTerms:
         while self._hooks:
             self._hooks.pop().remove()
 
-    def _hook(self, term: FactorTerm, parameter: nn.Parameter, rows: bool) -> Any:
+    def _hook(self, term: FactorTerm, factor: TrainedFactor) -> Any:
         def add(gradient: Tensor) -> Tensor:
-            if not GradientState().sync_gradients or id(parameter) in self._added:
+            if not GradientState().sync_gradients or id(factor.parameter) in self._added:
                 return gradient
-            self._added.add(id(parameter))
-            return gradient + term.regularizer.weight * term.gradient(parameter, rows).to(gradient.dtype)
+            self._added.add(id(factor.parameter))
+            return gradient + term.regularizer.weight * term.gradient(factor).to(gradient.dtype)
 
-        return parameter.register_hook(add)
+        return factor.parameter.register_hook(add)
 
 
 def orthonormal_terms(model: Any, given: Sequence[OrthonormalRegularizer] | None) -> Iterator[FactorTerm]:
-    """`given` on every adapter with orthonormal factors; None: what each adapter's config asks for."""
+    """`given` on every adapter that has such factors; None: what each adapter's config asks for."""
     for name, config in getattr(model, "peft_config", {}).items():
-        if not isinstance(config, AdditiveConfig) or not FORMS[config.form()].orthonormal:
+        if not isinstance(config, AdditiveConfig):
             continue
         layers: list[Any] = [m for m in model.modules() if isinstance(m, AdditiveLayer) and m.form(name)]
-        pairs = [(layer.lora_A[name].weight, layer.lora_B[name].weight) for layer in layers]
-        factors = [factor for A, B in pairs for factor in ((A, True), (B, False)) if factor[0].requires_grad]
-        if not factors and name not in model.active_adapters:
-            continue
-        for regularizer in config.regularizers() if given is None else given:
-            yield FactorTerm(regularizer, name, layers, factors)
+        asked = [one for one in config.regularizers() if isinstance(one, OrthonormalRegularizer)]
+        for regularizer in asked if given is None else given:
+            names = regularized_factors(config, regularizer)
+            factors = [one for layer in layers for one in _factors(layer, name, names, regularizer)]
+            if factors or (names and name in model.active_adapters):
+                yield FactorTerm(regularizer, name, layers, factors)
+
+
+def regularized_factors(config: AdditiveConfig, regularizer: OrthonormalRegularizer) -> tuple[str, ...]:
+    """The containers of an adapter's trained factors that the regulariser is about."""
+    form = FORMS[config.form()]
+    if regularizer.target == "identity":
+        return form.orthonormal
+    return tuple(name for name in ("lora_A", "lora_B") if name in form.trained and f"{name}0" in form.frozen)
+
+
+def _factors(
+    layer: Any, adapter: str, names: Sequence[str], regularizer: OrthonormalRegularizer
+) -> Iterator[TrainedFactor]:
+    for name in names:
+        parameter, rows = getattr(layer, name)[adapter].weight, name == "lora_A"
+        if parameter.requires_grad:
+            target = None
+            if regularizer.target == "initial_gram":
+                start = getattr(layer, f"{name}0")[adapter].weight.detach()
+                start = (start if rows else start.mT).to(torch.promote_types(start.dtype, torch.float32))
+                target = start @ start.mT
+            yield TrainedFactor(parameter, rows, target)
 
 
 def marked_layers(model: Any, terms: Sequence[FactorTerm]) -> list[tuple[Any, str]]:

@@ -37,9 +37,11 @@ def test_scaled_orthonormal_rows_deviate_by_the_known_amount(scale):
 def test_the_closed_form_gradient_is_autograd_s(squared, reduction):
     regularizer = OrthonormalRegularizer(squared=squared, reduction=reduction)
     factors = [factor.requires_grad_() for factor in random_factors()]
-    expected = torch.autograd.grad(regularizer.loss(factors), factors)
-    for factor, gradient in zip(factors, expected, strict=True):
-        torch.testing.assert_close(regularizer.gradient(factor, len(factors)), gradient, atol=1e-12, rtol=1e-12)
+    for targets in (None, [0.5 * torch.ones(4, 4, dtype=torch.float64), None]):
+        expected = torch.autograd.grad(regularizer.loss(factors, targets), factors)
+        for factor, gradient, target in zip(factors, expected, targets or [None, None], strict=True):
+            found = regularizer.gradient(factor, len(factors), target=target)
+            torch.testing.assert_close(found, gradient, atol=1e-12, rtol=1e-12)
     assert torch.autograd.gradcheck(lambda *given: regularizer.loss(given), factors)
 
 

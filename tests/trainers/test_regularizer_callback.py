@@ -110,8 +110,8 @@ def test_the_decoupled_step_follows_the_learning_rate_schedule(tmp_path):
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
             super().on_pre_optimizer_step(args, state, control, **kwargs)
             term = self._factors.terms[0]
-            self.factor, rows = term.factors[0]
-            self.gradient = term.gradient(self.factor, rows)
+            self.factor = term.factors[0].parameter
+            self.gradient = term.gradient(term.factors[0])
 
         def on_optimizer_step(self, args, state, control, **kwargs):
             before = self.factor.detach().clone()
@@ -173,6 +173,34 @@ def test_it_keeps_factors_nearer_to_orthonormal_and_is_logged(tmp_path, decouple
         logs[0.1][0]
     )
     assert logs[0.1][-1]["regularizer/condition_number"] < logs[0.0][-1]["regularizer/condition_number"]
+
+
+def test_pissa_s_factors_are_held_to_their_own_start_not_to_orthonormality(tmp_path):
+    drifts = {}
+    for weight in (0.0, 0.5):
+        config = llmreg.PissaConfig(r=4, target_modules=["q_proj", "down_proj"], seed=0)
+        model = peft.get_peft_model(tiny_models.llama(), config)
+        callback = RegularizerCallback([OrthonormalRegularizer(weight=weight, target="initial_gram")])
+        trainer = run(model, tmp_path / str(weight), callbacks=[callback], max_steps=12, optim="adamw_torch")
+        drifts[weight] = [log["regularizer/orthonormal"] for log in trainer.state.log_history if "loss" in log]
+        layer = next(module for module in model.modules() if isinstance(module, AdditiveLayer))
+        A, A0 = layer.lora_A["default"].weight.detach(), layer.lora_A0["default"].weight.detach()
+        assert (A @ A.T - A0 @ A0.T).norm() < (A @ A.T - torch.eye(4)).norm()
+    assert drifts[0.5][-1] < 0.5 * drifts[0.0][-1]
+    plain = peft.get_peft_model(tiny_models.llama(), llmreg.PissaConfig(r=4, target_modules=["q_proj"]))
+    with pytest.raises(UnsupportedError, match="initial_gram"):
+        run(plain, tmp_path / "c", callbacks=[RegularizerCallback([OrthonormalRegularizer()])])
+
+
+def test_of_eva_the_rows_of_a_are_kept_orthonormal(tmp_path):
+    config = llmreg.EvaConfig(r=4, target_modules=["q_proj", "down_proj"], rho=1.0)
+    model = peft.get_peft_model(tiny_models.llama(), config)
+    llmreg.initialize(model, [{"input_ids": torch.arange(1, 41).reshape(4, 10) % 90}])
+    callback = RegularizerCallback([OrthonormalRegularizer(weight=1e-4)])
+    trainer = run(model, tmp_path, callbacks=[callback], max_steps=2)
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert logs[0]["regularizer/orthonormal"] < 1e-3
+    assert all(bool(m.lora_B["default"].weight.any()) for m in model.modules() if isinstance(m, AdditiveLayer))
 
 
 def test_where_it_could_not_act_training_does_not_begin(tmp_path):
