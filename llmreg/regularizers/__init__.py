@@ -2,15 +2,19 @@
 
 from .consistency import ConsistencyRegularizer
 from .diversity import DiversityRegularizer
+from .low_probability import LowProbabilityRegularizer
 from .orthonormal import OrthonormalRegularizer
 from .singular_values import SingularValueRegularizer
+from .targeted_entropy import TargetedEntropyRegularizer
 
 __all__ = [
     "REGULARIZERS",
     "ConsistencyRegularizer",
     "DiversityRegularizer",
+    "LowProbabilityRegularizer",
     "OrthonormalRegularizer",
     "SingularValueRegularizer",
+    "TargetedEntropyRegularizer",
 ]
 
 #: By name, as recipes write them.
@@ -21,5 +25,7 @@ REGULARIZERS = {
         ConsistencyRegularizer,
         DiversityRegularizer,
         SingularValueRegularizer,
+        LowProbabilityRegularizer,
+        TargetedEntropyRegularizer,
     )
 }

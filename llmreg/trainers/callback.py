@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
 
 from ..errors import RecipeError, UnsupportedError
 from ..regularizers import OrthonormalRegularizer
@@ -23,7 +22,7 @@ from .output_terms import OutputTerms
 __all__ = ["RegularizerCallback"]
 
 
-class RegularizerCallback(TrainerCallback, ExportableState):
+class RegularizerCallback(TrainerCallback):
     """Applies regularisers: `callbacks=[llmreg.RegularizerCallback([ConsistencyRegularizer(), ...])]`.
 
     Logs `regularizer/<name>` (its value, unweighted) and `regularizer/<name>_weight` (with its schedule), and what a
@@ -51,22 +50,18 @@ class RegularizerCallback(TrainerCallback, ExportableState):
                     f"{one!r} is no regulariser; give a list of them, such as [llmreg.regularizers."
                     "ConsistencyRegularizer(weight=0.025)]."
                 )
-        self._given, self._teacher = regularizers, teacher
+        self.given, self._teacher = regularizers, teacher
         self._factors: FactorTerms | None = None
         self.outputs: OutputTerms | None = None
         self._marked: list[tuple[Any, str]] = []
         self._windows: _Windows | None = None
-        self.memory: dict[str, Any] = {}
 
     # -- the trainer's events --------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.on_train_end(args, state, control)  # of a run that was interrupted
         self._windows = _Windows(args, kwargs.get("train_dataloader"))
-        stored = (state.stateful_callbacks or {}).get(type(self).__name__) if state.global_step else None
-        if isinstance(stored, dict):
-            self.memory.update(stored.get("attributes", {}).get("memory", {}))
-        given = self._given
+        given = self.given
         orthonormal = None if given is None else [one for one in given if isinstance(one, OrthonormalRegularizer)]
         factors = list(orthonormal_terms(model, orthonormal))
         others = _asked_for(model) if given is None else [one for one in given if one not in (orthonormal or [])]
@@ -119,16 +114,10 @@ class RegularizerCallback(TrainerCallback, ExportableState):
         self._factors = self.outputs = None
         self._marked = []
 
-    # -- what it keeps ----------------------------------------------------------------------------------------------
-
     def values(self) -> dict[str, float]:
         """What is logged, now; empty outside of training."""
         found = [terms.values() for terms in (self._factors, self.outputs) if terms is not None]
         return {name: value for values in found for name, value in values.items()}
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: `memory`, such as running thresholds; schedules follow from the step."""
-        return {"args": {}, "attributes": {"memory": self.memory}}
 
 
 class _Windows:

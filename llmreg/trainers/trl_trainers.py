@@ -15,8 +15,11 @@ from typing import Any
 import trl
 
 from ..adapters.data_start import waiting_adapters
+from ..regularizers import LowProbabilityRegularizer
+from ..regularizers.low_probability import PROXY, THRESHOLD
 from .callback import RegularizerCallback
 from .initialize import InitializationReport, initialize
+from .low_probability import LowProbabilityPreparation, check_grpo
 from .output_terms import Batch
 
 __all__ = ["DPOTrainer", "GRPOTrainer", "SFTTrainer"]
@@ -94,7 +97,7 @@ class DPOTrainer(_Prepared, trl.DPOTrainer):
         return Batch(self.current_gradient_accumulation_steps)  # its loss is a mean of micro-batches' means too
 
 
-class GRPOTrainer(_Prepared, trl.GRPOTrainer):
+class GRPOTrainer(_Prepared, LowProbabilityPreparation, trl.GRPOTrainer):
     """`trl.GRPOTrainer` with `regularizers=`, `calibration_dataset=` and `calibration=`."""
 
     def _batch(self, inputs: Any, items: Any) -> Batch:
@@ -107,5 +110,15 @@ class GRPOTrainer(_Prepared, trl.GRPOTrainer):
             advantages=inputs["advantages"],
             old_log_probs=inputs.get("old_per_token_logps"),
             mask=mask * inputs["tool_mask"] if "tool_mask" in inputs else mask,
-            extra={name: value for name, value in inputs.items() if name.startswith("low_probability")},
+            extra={name: inputs[name] for name in (THRESHOLD, PROXY) if name in inputs},
         )
+
+    def use_regularizers(self, callback: RegularizerCallback) -> None:
+        if any(isinstance(one, LowProbabilityRegularizer) for one in callback.given or ()):
+            check_grpo(self.args)
+        super().use_regularizers(callback)
+
+    @property
+    def _regularizers(self) -> Sequence[Any]:
+        callback = getattr(self, "_regularizer_callback", None)
+        return () if callback is None else callback.given or ()
