@@ -184,9 +184,7 @@ class LowProbabilityRegularizer:
             log_proxy = self._prepared(context, PROXY)[candidates]
             kept = log_proxy > -math.inf  # not where it is NaN
             return kept, self._k3(log_proxy[kept], log_probs[kept])
-        if not candidates.numel():
-            return candidates.bool(), log_probs
-        assert context.hidden is not None
+        assert context.hidden is not None  # without candidates too: a sharded head is gathered by all ranks or none
         assert context.labels is not None
         assert context.head is not None
         hidden, labels = context.hidden[candidates], context.labels[candidates]

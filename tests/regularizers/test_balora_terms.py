@@ -19,8 +19,6 @@ from llmreg.regularizers import (
     ConsistencyRegularizer,
     DiversityRegularizer,
     SingularValueRegularizer,
-    consistency,
-    diversity,
     singular_values,
 )
 from llmreg.regularizers.base import Context, Head, Regularizer, schedule_factor
@@ -28,13 +26,6 @@ from llmreg.regularizers.base import Context, Head, Regularizer, schedule_factor
 TERMS = (ConsistencyRegularizer, DiversityRegularizer, SingularValueRegularizer)
 TASKS = ("nlg", "nlu")
 VARIANTS = ("iclr", "v1")
-
-
-@pytest.fixture(autouse=True)
-def written_out(monkeypatch):
-    monkeypatch.setattr(consistency, "teacher_kl", dense.teacher_kl)
-    monkeypatch.setattr(consistency, "token_statistics", dense.token_statistics)
-    monkeypatch.setattr(diversity, "token_statistics", dense.token_statistics)
 
 
 @pytest.fixture(autouse=True)

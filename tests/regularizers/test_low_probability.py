@@ -151,7 +151,7 @@ def test_the_vocabulary_is_gone_through_for_candidates_alone(statistics):
     statistics.clear()
     loss_and_push(LowProbabilityRegularizer(), labels, [1.0] * 5)
     loss_and_push(LowProbabilityRegularizer(policy="old"), labels, advantages, proxy=[NAN] * 5)
-    assert statistics == []
+    assert statistics == [0]  # a head that is sharded is gathered by all ranks, so the call is made
 
 
 @pytest.mark.parametrize("divergence", ["k3", "exact"])
