@@ -4,15 +4,18 @@
 
 `D` is 1.512 where all answers to a prompt are wrong and 1 where all are right. There is no division by the standard
 deviation, and none by length: in TRL that is `scale_rewards="none"` with `loss_type="dr_grpo"`.
+`llmreg.trainers.GRPOTrainer(..., hardness_weighting=True)` puts these advantages in the place of TRL's.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from ..errors import RecipeError
+from ..errors import RecipeError, UnsupportedError
 
-__all__ = ["hardness", "hardness_weights"]
+__all__ = ["HardnessWeighting", "hardness", "hardness_weights"]
 
 
 def hardness(mean: Tensor) -> Tensor:
@@ -54,3 +57,40 @@ def hardness_weights(rewards: Tensor, group_size: int) -> Tensor:
     groups = exact.view(-1, group_size)
     mean = groups.mean(1, keepdim=True)
     return ((groups - mean) * hardness(mean)).flatten()
+
+
+class HardnessWeighting:
+    """Mixin in front of `trl.GRPOTrainer`, which acts where `_hardness_weighting` is set."""
+
+    _hardness_weighting = False
+    _rewards: Tensor | None = None
+
+    def _weigh_by_hardness(self: Any) -> None:
+        """Switch it on.
+
+        Raises:
+            UnsupportedError: the trainer's arguments divide advantages or lengths.
+        """
+        scaled = self.args.scale_rewards not in ("none", False)
+        if scaled or self.args.loss_type != "dr_grpo" or self.args.multi_objective_aggregation != "sum_then_normalize":
+            raise UnsupportedError(
+                f"hardness_weighting has advantages of its own, and the trainer has scale_rewards="
+                f"{self.args.scale_rewards!r} and loss_type={self.args.loss_type!r}, which divide them; set "
+                "scale_rewards='none' and loss_type='dr_grpo'."
+            )
+        self._hardness_weighting = True
+
+    def _calculate_rewards(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        rewards = super()._calculate_rewards(*args, **kwargs)  # type: ignore[misc]
+        self._rewards = rewards
+        return rewards
+
+    def _generate_and_score_completions(self: Any, inputs: Any) -> Any:
+        output = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        if self._hardness_weighting and self.model.training:
+            of_all = (self._rewards * self.reward_weights.to(self._rewards.device)).nansum(dim=1)
+            advantages = hardness_weights(of_all, self.num_generations)
+            rows = output["advantages"].shape[0]
+            start = self.accelerator.process_index * rows
+            output["advantages"] = advantages[start : start + rows].to(output["advantages"])
+        return output

@@ -18,6 +18,7 @@ from ..adapters.data_start import waiting_adapters
 from ..regularizers import LowProbabilityRegularizer
 from ..regularizers.low_probability import PROXY, THRESHOLD
 from .callback import RegularizerCallback
+from .hardness import HardnessWeighting
 from .initialize import InitializationReport, initialize
 from .low_probability import LowProbabilityPreparation, check_grpo
 from .output_terms import Batch
@@ -97,8 +98,17 @@ class DPOTrainer(_Prepared, trl.DPOTrainer):
         return Batch(self.current_gradient_accumulation_steps)  # its loss is a mean of micro-batches' means too
 
 
-class GRPOTrainer(_Prepared, LowProbabilityPreparation, trl.GRPOTrainer):
-    """`trl.GRPOTrainer` with `regularizers=`, `calibration_dataset=` and `calibration=`."""
+class GRPOTrainer(_Prepared, HardnessWeighting, LowProbabilityPreparation, trl.GRPOTrainer):
+    """`trl.GRPOTrainer` with `regularizers=`, `calibration_dataset=`, `calibration=` and `hardness_weighting=`.
+
+    Args:
+        hardness_weighting: policy-specific hardness weighting of advantages, see `llmreg.trainers.hardness`.
+    """
+
+    def __init__(self, *args: Any, hardness_weighting: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if hardness_weighting:
+            self._weigh_by_hardness()
 
     def _batch(self, inputs: Any, items: Any) -> Batch:
         window = self.current_gradient_accumulation_steps

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import trl
 import trl_runs
 from peft import LoraConfig
 from transformers import TrainerCallback
@@ -13,6 +14,7 @@ from transformers import TrainerCallback
 import llmreg.trainers
 from llmreg.errors import UnsupportedError
 from llmreg.regularizers import LowProbabilityRegularizer, TargetedEntropyRegularizer
+from llmreg.trainers.hardness import hardness_weights
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +139,31 @@ def test_entropy_is_pulled_to_its_target_from_both_sides(tmp_path, base):
 def test_losses_that_weigh_sequences_are_refused_at_once(tmp_path, base):
     with pytest.raises(UnsupportedError, match="luspo"):
         trainer_of(base, tmp_path, [LowProbabilityRegularizer()], loss_type="luspo")
+
+
+def test_hardness_weighting_puts_its_advantages_in_the_place_of_trl_s(tmp_path, base):
+    def right(completions, **_):
+        return [float(len(text) % 2) for text in completions]
+
+    arguments = trl.GRPOConfig(
+        str(tmp_path), num_generations=4, per_device_train_batch_size=4, max_completion_length=6, max_steps=1,
+        use_cpu=True, bf16=False, report_to="none", scale_rewards="none", loss_type="dr_grpo", disable_tqdm=True,
+    )  # fmt: skip
+    config = LoraConfig(r=4, target_modules=trl_runs.TARGETS)
+    trainer = llmreg.trainers.GRPOTrainer(
+        base, right, args=arguments, train_dataset=trl_runs.PROMPTS, peft_config=config, hardness_weighting=True
+    )
+    seen = []
+    generate = trainer._generate_and_score_completions
+
+    def spied(inputs):
+        output = generate(inputs)
+        seen.append((trainer._rewards.clone(), output["advantages"].clone()))
+        return output
+
+    trainer._generate_and_score_completions = spied
+    trainer.train()
+    rewards, advantages = seen[0]
+    assert torch.equal(advantages, hardness_weights(rewards.sum(1), 4))
+    with pytest.raises(UnsupportedError, match="scale_rewards='none' and loss_type='dr_grpo'"):
+        trl_runs.grpo(base, tmp_path, config, trainers=llmreg.trainers, own={"hardness_weighting": True})
