@@ -1,7 +1,7 @@
 """Time and memory of `llmreg.regularizers.vocabulary`, forward and backward, beside whole logits and TRL's kernels.
 
-    python evals/bench_vocabulary.py                       vocabularies of 32,000 and 128,000
-    python evals/bench_vocabulary.py --vocabularies 32000
+    python evals/bench_vocabulary.py                       a vocabulary of 32,000
+    python evals/bench_vocabulary.py --vocabularies 32000 128000
 
 1,024 tokens of width 1,024, float32, a frozen head. "products" is the time over that of one bare product `h W^T`: made
 and thrown away block by block, as the fastest that anything can be. Of the forward and backward pass two products are
@@ -160,8 +160,8 @@ def section(vocabulary: int, repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vocabularies", nargs="+", type=int, default=[32000, 128000])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--vocabularies", nargs="+", type=int, default=[32000])
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RESULT)
     arguments = parser.parse_args()

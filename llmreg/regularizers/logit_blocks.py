@@ -39,9 +39,9 @@ def gathered(head: Head) -> Iterator[Head]:
 
     A collective where they are sharded (ZeRO-3 parameters, DTensors of FSDP2): every rank must enter, in one order.
     """
-    tensors = (head.weight, head.bias)
+    tensors: tuple[Any, Any] = (head.weight, head.bias)
     # What a running forward holds is whole already, and not ours to take away afterwards.
-    partitioned: list[Any] = [one for one in tensors if hasattr(one, "ds_id") and one.ds_status.name != "AVAILABLE"]
+    partitioned = [one for one in tensors if hasattr(one, "ds_id") and one.ds_status.name != "AVAILABLE"]
     context: Any = nullcontext()
     if partitioned:
         import deepspeed
