@@ -16,6 +16,7 @@ from pydantic.errors import PydanticUserError
 from ..methods import catalogue
 from .fields import hints
 from .planning import adapter_fields_left_out, training_fields_left_out
+from .rewards import BUILT_IN
 from .schema import Recipe
 from .tasks import TASKS, config_class
 
@@ -29,6 +30,12 @@ def recipe_schema() -> dict[str, Any]:
     properties["include"] = {"type": "string", "description": "A recipe that this one is laid over."}
     properties["task"] = {"enum": list(TASKS), "default": "sft", "description": "What is trained."}
     properties["training"] = {"type": "object", "description": "Any field of the task's TRL or transformers config."}
+    reward = {"$ref": "#/$defs/Reward"}
+    properties["rewards"] = {
+        "type": "array",
+        "items": {"anyOf": [{"enum": list(BUILT_IN)}, {"type": "string", "pattern": "^[^:]+:[^:]+$"}, reward]},
+        "description": "Of grpo: names, or names with a weight.",
+    }
     methods = list(catalogue().values())
     properties["adapter"] = {
         "type": "object",

@@ -22,6 +22,8 @@ from .conflicts import (
     chooses_ranks,
 )
 from .fields import check_fields
+from .reinforcement import check_generations, check_reinforcement
+from .rewards import check_rewards
 from .schema import Recipe
 from .tasks import TASKS, TaskKind, config_class
 
@@ -97,6 +99,8 @@ def plan(recipe: Recipe, *, new_output: bool = True) -> Plan:
         check_calibration(recipe, method, adapter)
         exported_rank = check_adapter(recipe, method, adapter)
         check_training(recipe, training)
+        check_reinforcement(recipe, training)
+        check_rewards(recipe)
         check_environment(recipe, training)
         check_sources(recipe)
         if new_output:
@@ -169,6 +173,7 @@ def _training(recipe: Recipe) -> Any:
     kind = TASKS[recipe.task]
     arguments_class = config_class(kind)
     check_fields(recipe, "training", recipe.training, arguments_class, managed=_training_managed(kind))
+    check_generations(recipe)
     gpu = torch.cuda.is_available() and not recipe.training.get("use_cpu", False)
     # transformers has renamed it; the older versions that are supported know the older name only.
     renamed = hasattr(arguments_class, "activation_checkpointing")
@@ -180,6 +185,8 @@ def _training(recipe: Recipe) -> Any:
         "report_to": "none",
     }
     fixed = {"output_dir": f"{recipe.output.dir}/checkpoints", "seed": recipe.seed, "disable_tqdm": True}
+    if recipe.task == "grpo" and recipe.rewards:
+        fixed["reward_weights"] = [reward.weight for reward in recipe.rewards]
     settings = {**defaults, **recipe.training, **fixed}
     try:
         return arguments_class(**settings)
