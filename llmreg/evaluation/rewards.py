@@ -16,15 +16,21 @@ from typing import Any
 
 from llmreg.errors import RecipeError
 
-__all__ = ["THINK_THEN_ANSWER", "exact_match", "final_answer", "format_of", "math_answer", "pocket_arithmetic", "text_of"]
+__all__ = [
+    "THINK_THEN_ANSWER",
+    "exact_match",
+    "final_answer",
+    "format_of",
+    "math_answer",
+    "pocket_arithmetic",
+    "text_of",
+]
 
 Rewards = list[float | None]
 RewardFunction = Callable[..., Rewards]
 
 #: One part in `<think>` tags, then one in `<answer>` tags, and none of these tags elsewhere.
-THINK_THEN_ANSWER = (
-    r"<think>(?:(?!</?(?:think|answer)>).)*</think>\s*<answer>(?:(?!</?(?:think|answer)>).)*</answer>"
-)
+THINK_THEN_ANSWER = r"<think>(?:(?!</?(?:think|answer)>).)*</think>\s*<answer>(?:(?!</?(?:think|answer)>).)*</answer>"
 
 
 def text_of(completion: Any) -> str:
@@ -69,8 +75,8 @@ def pocket_arithmetic(prompts: Sequence[Any], completions: Sequence[Any], **colu
 def math_answer(prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[Any], **columns: Any) -> Rewards:
     """1.0 where the completion's last mathematical expression equals the answer, by the package `math-verify`.
 
-    `1/2`, `0.5` and `$\\frac{1}{2}$` are equal, and `\\boxed{...}` goes before anything else. None where the answer holds
-    no number and no LaTeX between dollars.
+    `1/2`, `0.5` and `$\\frac{1}{2}$` are equal, and `\\boxed{...}` goes before anything else. None where the answer
+    holds no number and no LaTeX between dollars.
 
     Raises:
         RecipeError: the package is not installed.

@@ -23,7 +23,9 @@ PHRASINGS: dict[str, tuple[str, str]] = {
 def reworded(seed: int, split: str) -> list[dict[str, str]]:
     """Return the rows of `split` in world `seed` as ``{"prompt", "completion"}``; all prompts are distinct."""
     dice = Dice("reworded-arithmetic", seed, split)
-    asked = [(calculation, phrasing) for calculation in sums(seed, split) for phrasing in PHRASINGS[calculation.operation]]
+    asked = [
+        (calculation, phrasing) for calculation in sums(seed, split) for phrasing in PHRASINGS[calculation.operation]
+    ]
     return [
         {"prompt": calculation.fill(phrasing), "completion": calculation.answer}
         for calculation, phrasing in dice.shuffled(asked)[: SIZES[split]]

@@ -113,8 +113,8 @@ def _check_residual(recipe: Recipe) -> None:
     if _has_reference(recipe):
         raise recipe.error(
             ("adapter", "residual"),
-            f"residual: quantized changes the base, so that a disabled adapter is no reference for {recipe.task}; write "
-            "residual: difference, or train with task sft.",
+            f"residual: quantized changes the base, so that a disabled adapter is no reference for {recipe.task}; "
+            "write residual: difference, or train with task sft.",
         )
 
 
@@ -234,8 +234,8 @@ def _check_eora(recipe: Recipe) -> None:
     if _has_reference(recipe):
         raise recipe.error(
             ("adapter", "method"),
-            f"eora does not start at the base: its disabled adapter, {recipe.task.upper()}'s reference, is the quantised "
-            "model and not where the policy starts; choose another method, or task sft.",
+            f"eora does not start at the base: its disabled adapter, {recipe.task.upper()}'s reference, is the "
+            "quantised model and not where the policy starts; choose another method, or task sft.",
         )
 
 

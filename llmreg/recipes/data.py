@@ -197,7 +197,7 @@ def _prompts(rows: Any, columns: Mapping[str, str] | None) -> Any:
 
 
 def _with_answers(rows: Any) -> Any:
-    """`answer` as the text that a right completion has, from `answer` or `completion`; GSM8K's without its reasoning."""
+    """`answer` as the text of a right completion, from `answer` or `completion`; GSM8K's without its reasoning."""
     if "completion" in rows.column_names:
         rows = rows.rename_column("completion", "answer")
     return rows.map(lambda row: {"answer": final_answer(text_of(row["answer"]))}, desc="Reading answers")

@@ -34,7 +34,7 @@ def check_generations(recipe: Recipe) -> None:
     if recipe.task != "grpo":
         return
     written = recipe.training
-    group = written.get("num_generations", 8)
+    group: int = written.get("num_generations", 8)
     if group < 2:
         raise recipe.error(
             ("training", "num_generations"),
@@ -42,8 +42,9 @@ def check_generations(recipe: Recipe) -> None:
             "its prompt.",
         )
     for name in ("per_device_train_batch_size", "steps_per_generation", "gradient_accumulation_steps"):
-        if (written.get(name) if written.get(name) is not None else 1) < 1:
-            raise recipe.error(("training", name), f"training.{name} must be at least 1, not {written[name]}.")
+        value: int | None = written.get(name)
+        if value is not None and value < 1:
+            raise recipe.error(("training", name), f"training.{name} must be at least 1, not {value}.")
     if written.get("generation_batch_size") is not None:
         return  # TRL compares it with the others and names it
     rows, processes = written.get("per_device_train_batch_size", 8), int(os.environ.get("WORLD_SIZE", 1))

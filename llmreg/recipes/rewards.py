@@ -108,11 +108,13 @@ def _imported(name: str) -> Callable[..., Any]:
         known = [key for key, value in vars(importlib.import_module(module_name)).items() if inspect.isfunction(value)]
         hint = f"; {suggestion(attribute, known)}" if known else "."
         raise RecipeError(f"the module {module_name} has no {attribute!r}{hint}") from None
-    kinds = [parameter.kind for parameter in inspect.signature(function).parameters.values()] if callable(function) else []
+    kinds = (
+        [parameter.kind for parameter in inspect.signature(function).parameters.values()] if callable(function) else []
+    )
     if inspect.Parameter.VAR_KEYWORD not in kinds:
         raise RecipeError(
-            f"{name} is no reward function; write one that takes (prompts, completions, **columns) and returns a number "
-            "or None for each completion."
+            f"{name} is no reward function; write one that takes (prompts, completions, **columns) and returns a "
+            "number or None for each completion."
         )
     return function
 

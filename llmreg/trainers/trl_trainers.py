@@ -17,6 +17,7 @@ import trl
 from ..adapters.data_start import waiting_adapters
 from .callback import RegularizerCallback
 from .initialize import InitializationReport, initialize
+from .prompt_order import with_epochs
 
 __all__ = ["DPOTrainer", "GRPOTrainer", "SFTTrainer"]
 
@@ -68,4 +69,7 @@ class DPOTrainer(_Prepared, trl.DPOTrainer):
 
 
 class GRPOTrainer(_Prepared, trl.GRPOTrainer):
-    """`trl.GRPOTrainer` with `regularizers=`, `calibration_dataset=` and `calibration=`."""
+    """`trl.GRPOTrainer` with `regularizers=`, `calibration_dataset=` and `calibration=`; resumes in any epoch."""
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        return with_epochs(super()._get_train_sampler(dataset))
