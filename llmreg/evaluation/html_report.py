@@ -20,6 +20,13 @@ from .report import calibration_facts
 __all__ = ["write_html"]
 
 _PHASES = {"load": "Load", "init": "Initialise", "train": "Train", "evaluate": "Evaluate", "save": "Save"}
+_CURVES = (
+    ("Entropy of the policy", "entropy"),
+    ("KL to the reference", "kl"),
+    ("Tokens of a completion", "completions/mean_length"),
+    ("Training loss", "loss"),
+    ("Learning rate", "learning_rate"),
+)
 _NAMED = 3  # changes of one kind that the summary names; the table has them all
 
 
@@ -183,8 +190,12 @@ def _scales(rows: Sequence[_Score]) -> list[_Scale]:
 
 def _training_plots(report: Mapping[str, Any]) -> list[Plot]:
     lines = report.get("losses") or ()
-    named = (("Training loss", "loss"), ("Learning rate", "learning_rate"))
-    plots = [curve(name, [(line["step"], line[key]) for line in lines if key in line]) for name, key in named]
+    rewards = [key for key in dict.fromkeys(key for line in lines for key in line) if key.startswith("rewards/")]
+    parts = [(f"Reward {key.split('/', 1)[1].removesuffix('/mean')}", key) for key in rewards] if rewards[1:] else []
+    plots = [
+        curve(name, [(line["step"], line[key]) for line in lines if key in line])
+        for name, key in (("Reward", "reward"), *parts, *_CURVES)
+    ]
     return [plot for plot in plots if plot]
 
 

@@ -23,7 +23,8 @@ class Report:
         measurements: scores before and after, tasks first.
         heldout_loss: {"before", "after"}, the mean of the training loss on the held-out rows, or None.
         steps, train_loss: optimizer steps, and the mean training loss over them.
-        losses: the loss curve, one {"step", "loss", "learning_rate"} a log line.
+        losses: the loss curve, one {"step", "loss", "learning_rate"} a log line; of grpo also {"reward", "reward_std",
+            "entropy", "kl", "completions/mean_length"} and "rewards/<name>/mean" of each reward.
         trainable_parameters, total_parameters: of the model with its adapter.
         adapter_bytes: size of the adapter's weights file.
         rank, form: of the saved adapter; the form is "plain LoRA" for most methods.

@@ -15,6 +15,7 @@ from __future__ import annotations
 from .frozen import frozen_hashes
 from .model import load_model, load_tokenizer, path
 from .preferences import is_preferred
+from .solving import solve
 from .tasks import TASKS, Task, load_split
 from .world import Fact, World
 
@@ -29,4 +30,5 @@ __all__ = [
     "load_split",
     "load_tokenizer",
     "path",
+    "solve",
 ]

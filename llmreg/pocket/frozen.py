@@ -1,7 +1,8 @@
 """Digests of everything that is generated, fixed before any result of a method was taken on it.
 
 (Word problems, preferences and classification were fitted to what this model can learn in trials with plain
-LoRA and PiSSA on world 0, and frozen then.)
+LoRA and PiSSA on world 0, and frozen then. The phrasings of reworded arithmetic were chosen by how often the pretrained
+model is right, and frozen with a first trial of GRPO.)
 
 Results from different days and machines are comparable only if world, tasks and splits are the same; a
 change of a generator that alters one character fails the test that compares `compute_hashes` with this
@@ -64,6 +65,9 @@ _FROZEN: dict[int, dict[str, str]] = {
         "pocket/arithmetic/train": "cd4dd711aa94fa31d6cdb1ab640bf983dc0e26772e9271afc97e074b10e2f777",
         "pocket/arithmetic/validation": "e1ec1a51da82ce7c3f22b88334c2ffdde7cb8d51f9c7ae72c9b67680b15a7fb7",
         "pocket/arithmetic/test": "d6d74a6944a6673d662ff0024c23ad8284fdf5af466066c1b2a534f328faca0b",
+        "pocket/reworded-arithmetic/train": "2f6307639367ef69ea4c1cf78baf5ca4bb390bf497532c69760ef27c2769a962",
+        "pocket/reworded-arithmetic/validation": "a2728e809b708f13d4936d4f1297a6e2eaa6fd96425c43ef73dcac8e498d36af",
+        "pocket/reworded-arithmetic/test": "c85ee8f1f6d8ecc3574bc083386245fc41d2103851134acca49cd7b090fe72ce",
         "pocket/corpus/train": "1067f16958bf9ae2f03309d851e0bb12ecdc81e674d5ec271fbeec7cff123c03",
         "pocket/corpus/test": "6a707ebade54138a9faecbf5040aa9a5ac49c49d0b12dbe7b60da9694b853cf8",
         "pocket/corpus/pretraining": "820f283a4ba3e00e1224d1bfe9e4292cadccb17f49f3f40c13886bbc4f97e353",
@@ -86,6 +90,9 @@ _FROZEN: dict[int, dict[str, str]] = {
         "pocket/arithmetic/train": "c38b2f97e22e208b4c018058afd4118b4be613f1567d452db2b42e804fa7069e",
         "pocket/arithmetic/validation": "9a6bf1200fd6442a30a57871aac902e9292ade5b51fad974fcbfd95a6c89d931",
         "pocket/arithmetic/test": "c72bceb94d3481e3edbe783b38d779557e4fe3ad234a27f266afa3fe5dd30831",
+        "pocket/reworded-arithmetic/train": "f49acd3bac04441446a610c5066f79a9af430d50658e7bccbe68cf71c5257206",
+        "pocket/reworded-arithmetic/validation": "ac3aaa0d78e2f7ea246b945343eae726ff80b1f82720ee1f90bd01c0c76d1d5e",
+        "pocket/reworded-arithmetic/test": "733c98662243191814280f273d0bd75a82f795a8ee20767cba08e40a6a727e71",
         "pocket/corpus/train": "0d9707d19eb8e93d6a02afbba5f97906805ce37c306390a04029fb502dfc44ad",
         "pocket/corpus/test": "2fa8eeb05d71771dd9d49f07ec5b322fcf57ecb3c0dcaf6907e65588cc6ced45",
         "pocket/corpus/pretraining": "290ce1c322d78da7f7fd3198e634f20c9c08877be77d292830127ed86a7d7a85",

@@ -16,6 +16,7 @@ from llmreg.errors import RecipeError
 from . import arithmetic, classification
 from .corpus import corpus, held_out_passages
 from .preferences import preferences
+from .reworded import reworded
 from .seeded import Dice
 from .word_problems import word_problems
 from .world import HELD_OUT_PHRASING, PHRASINGS, World
@@ -114,6 +115,10 @@ def _sums(split: str) -> Callable[[int], list[Row]]:
     return make
 
 
+def _reworded(split: str) -> Callable[[int], list[Row]]:
+    return lambda seed: reworded(seed, split)
+
+
 def _problems(split: str) -> Callable[[int], list[Row]]:
     return lambda seed: word_problems(World(seed), split)
 
@@ -167,6 +172,13 @@ TASKS: dict[str, Task] = {
             "Two-digit addition and subtraction as it was taught; operands of validation and test were not.",
             _PAIR,
             {split: _sums(split) for split in arithmetic.SPLITS},
+        ),
+        Task(
+            "pocket/reworded-arithmetic",
+            "The same in phrasings that were not taught, for GRPO: the pretrained model is right in part. "
+            "Operands of validation and test occur in no training text.",
+            _PAIR,
+            {split: _reworded(split) for split in arithmetic.SPLITS},
         ),
         Task(
             "pocket/corpus",

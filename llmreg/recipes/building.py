@@ -11,9 +11,13 @@ from .data import TrainingData
 from .planning import Plan
 from .progress_callback import use_training_bar
 from .regularizing import load_teacher
+from .rewards import reward_functions
 from .schema import Recipe
 
 __all__ = ["build_trainer", "check_chat_template", "located_in_adapter"]
+
+
+_TEMPLATE_OR_TEXT = "write training.chat_template_path, or give prompt and completion as text."
 
 
 def check_chat_template(recipe: Recipe, data: TrainingData, tokenizer: Any) -> None:
@@ -28,8 +32,8 @@ def check_chat_template(recipe: Recipe, data: TrainingData, tokenizer: Any) -> N
     if conversational and tokenizer.chat_template is None and not recipe.training.get("chat_template_path"):
         raise recipe.error(
             ("data", "train"),
-            f"the rows are conversations, but the tokenizer of {recipe.model.name} has no chat template; write "
-            "training.chat_template_path, or give prompt and completion as text.",
+            f"the rows are conversations, but the tokenizer of {recipe.model.name} has no chat template; "
+            + ("give prompts as text." if recipe.task == "grpo" else _TEMPLATE_OR_TEXT),
         )
 
 
@@ -42,7 +46,7 @@ def build_trainer(settled: Plan, model: Any, tokenizer: Any, data: TrainingData)
     recipe = settled.recipe
     with located_in_adapter(recipe, model):
         trainer = _trainer(settled, model, tokenizer, data)
-    if not len(trainer.train_dataset):
+    if not len(trainer.train_dataset):  # of sft, whose trainer leaves such rows out
         raise recipe.error(
             ("training", "max_length"),
             f"no row has a token to learn within max_length {settled.training.max_length}: the prompts fill it; raise "
@@ -85,6 +89,17 @@ def _trainer(settled: Plan, model: Any, tokenizer: Any, data: TrainingData) -> A
         _train_new_modules(settled.adapter, model)
         wrapped = get_peft_model(model, settled.adapter)
         return classification_trainer(wrapped, settled.training, tokenizer, data.train, data.heldout)
+    if settled.recipe.task == "grpo":
+        from ..trainers import GRPOTrainer
+
+        return GRPOTrainer(
+            model=model,
+            args=settled.training,
+            reward_funcs=reward_functions(settled.recipe),
+            train_dataset=data.train,
+            processing_class=tokenizer,
+            peft_config=settled.adapter,
+        )
     from .. import trainers
 
     trainer_class = {"sft": trainers.SFTTrainer, "dpo": trainers.DPOTrainer}[settled.recipe.task]

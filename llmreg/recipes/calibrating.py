@@ -108,6 +108,8 @@ def _config(recipe: Recipe, settings: Calibration) -> str | None:
 def _columns(recipe: Recipe, names: list[str]) -> Mapping[str, str] | None:
     """The recipe's mapping, where these rows are the same kind as the training's."""
     mapping = recipe.data.columns
+    if mapping is not None:  # rewards compare with answers; statistics are of prompts
+        mapping = {target: value for target, value in mapping.items() if target != "answer"}
     if mapping is None or not any(set(mapping) == set(wanted) for wanted in _FORMATS):
         return None
     needed = {

@@ -110,12 +110,17 @@ def _check_residual(recipe: Recipe) -> None:
             "residual: quantized quantises what the adapter does not carry, as the base is quantised, and this base is "
             "not; write model.quantization: nf4 or int8, or remove adapter.residual.",
         )
-    if recipe.task == "dpo":
+    if _has_reference(recipe):
         raise recipe.error(
             ("adapter", "residual"),
-            "residual: quantized changes the base, so that a disabled adapter is no reference for dpo; write residual: "
-            "difference, or train with task sft.",
+            f"residual: quantized changes the base, so that a disabled adapter is no reference for {recipe.task}; "
+            "write residual: difference, or train with task sft.",
         )
+
+
+def _has_reference(recipe: Recipe) -> bool:
+    """Whether the training compares with the base, seen through a disabled adapter."""
+    return recipe.task == "dpo" or (recipe.task == "grpo" and recipe.training.get("beta", 0.0) != 0)
 
 
 def _ranks(config: Any) -> dict[str, Any]:
@@ -226,11 +231,11 @@ def _check_eora(recipe: Recipe) -> None:
             "eora makes up for quantisation, and the model is not quantised; write model.quantization: nf4 or int8, or "
             "choose another method.",
         )
-    if recipe.task == "dpo":
+    if _has_reference(recipe):
         raise recipe.error(
             ("adapter", "method"),
-            "eora does not start at the base: its disabled adapter, DPO's reference, is the quantised model and not "
-            "where the policy starts; choose another method, or task sft.",
+            f"eora does not start at the base: its disabled adapter, {recipe.task.upper()}'s reference, is the "
+            "quantised model and not where the policy starts; choose another method, or task sft.",
         )
 
 
@@ -253,7 +258,7 @@ def check_training(recipe: Recipe, training: Any) -> None:
     """
     for names, least in ((_AT_LEAST_ONE, 1), (_NOT_NEGATIVE, 0)):
         for name in names:
-            value = getattr(training, name)
+            value = getattr(training, name, None)
             if value is not None and value < least:
                 raise recipe.error(("training", name), f"training.{name} must be at least {least}, not {value}.")
     if training.max_steps == 0 or training.max_steps < -1:

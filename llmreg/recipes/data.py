@@ -2,7 +2,7 @@
 
 Accepted as they are: what `tasks.py` lists for the task (TRL's formats; `text` and `label` for classification), and
 GSM8K's `question` and `answer`. `data.columns` maps anything else, by column name or by a template with column names
-in braces.
+in braces. Rows for grpo keep their other columns, for the reward functions.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RecipeError
+from ..evaluation.rewards import final_answer, text_of
+from .rewards import check_answers
 from .schema import Recipe
 from .sources import columns_problem, is_local, is_pocket, kind_of, load_source
 from .tasks import SCORED_FORMATS, TASKS, Formats
@@ -36,6 +38,8 @@ _QUESTION_ANSWER = {"prompt": "Question: {question}\nAnswer:", "completion": " {
 _MESSAGES = ("messages", "conversations")
 #: Columns that hold text alone; the others hold text or a conversation.
 _TEXT = ("text", "text_pair")
+#: Columns that TRL's GRPO reads as something else, or does not pass on to reward functions.
+_NOT_PASSED_ON = ("completion", "completion_ids", "image", "images", "environment")
 
 
 @dataclass(frozen=True)
@@ -80,10 +84,12 @@ def load_training_data(recipe: Recipe) -> TrainingData:
     """
     data, formats = recipe.data, TASKS[recipe.task].formats
     with located(recipe, "data", "train"):
-        train = in_format(load_source(data.train, data.split, data.config), data.columns, formats)
+        rows = load_source(data.train, data.split, data.config)
+        train = _prompts(rows, data.columns) if recipe.task == "grpo" else in_format(rows, data.columns, formats)
         classes = classes_of(train, data.train) if recipe.task == "classification" else None
         if classes:
             train = _with_numbers(train, classes)
+    check_answers(recipe, train)
     if data.test:
         with located(recipe, "data", "test"):
             heldout = in_format(load_source(data.test, data.test_split, data.config), data.columns, formats)
@@ -116,12 +122,16 @@ def scoring_rows(recipe: Recipe, name: str, classes: Classes | None = None) -> l
     is_file = is_local(name) and not is_pocket(name) and not Path(name).expanduser().is_dir()
     rows = load_source(name, "train" if is_file else "test", config)
     mapping, formats = recipe.data.columns or {}, SCORED_FORMATS[TASKS[recipe.task].peft_task_type]
+    if recipe.task == "grpo":
+        formats = (("prompt", "answer"), *formats)
     fits = any(set(mapping) == set(wanted) for wanted in formats) and all(
         set(_columns_in(value, rows.column_names)) <= set(rows.column_names) for value in mapping.values()
     )
     if not fits and set(_MESSAGES) & set(rows.column_names):
         raise RecipeError(f"{name} holds conversations, which this version does not score; give prompt and completion.")
     rows = _first(in_format(rows, mapping if fits else None, formats), recipe.evaluation.limit)
+    if recipe.task == "grpo" and "prompt" in rows.column_names and "chosen" not in rows.column_names:
+        rows = _with_answers(rows).rename_column("answer", "completion").map(_with_space)
     if classes is not None:
         rows = _with_numbers(rows, classes)
     listed: list[dict[str, Any]] = rows.to_list()
@@ -174,6 +184,29 @@ def numbered(labels: Sequence[int | str], classes: Classes) -> list[int]:
 
 def _with_numbers(rows: Any, classes: Classes) -> Any:
     return rows.remove_columns("label").add_column("label", numbered(rows["label"], classes))
+
+
+def _prompts(rows: Any, columns: Mapping[str, str] | None) -> Any:
+    """Rows for grpo: a prompt, an answer where there is one, and every other column."""
+    from datasets import concatenate_datasets
+
+    formatted = in_format(rows, columns, TASKS["grpo"].formats)
+    answered = _with_answers(formatted) if {"answer", "completion"} & set(formatted.column_names) else formatted
+    others = [name for name in rows.column_names if name not in (*answered.column_names, *_NOT_PASSED_ON)]
+    return concatenate_datasets([answered, rows.select_columns(others)], axis=1) if others else answered
+
+
+def _with_answers(rows: Any) -> Any:
+    """`answer` as the text of a right completion, from `answer` or `completion`; GSM8K's without its reasoning."""
+    if "completion" in rows.column_names:
+        rows = rows.rename_column("completion", "answer")
+    return rows.map(lambda row: {"answer": final_answer(text_of(row["answer"]))}, desc="Reading answers")
+
+
+def _with_space(row: dict[str, Any]) -> dict[str, str]:
+    """A space in front, as a model writes it: the longest completion is the limit of what is generated."""
+    text = row["completion"]
+    return {"completion": text if text[:1].isspace() else f" {text}"}
 
 
 def _first(rows: Any, limit: int | None) -> Any:

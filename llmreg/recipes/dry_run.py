@@ -12,6 +12,7 @@ import torch
 from ..adapters.layer import AdditiveLayer
 from ..hub.serving import served_rank
 from ..quiet import quiet
+from ..trainers.calibration_data import batches_of_rows, choose_rows
 from .base_model import base_dtype, name_or_path
 from .building import located_in_adapter
 from .chosen_ranks import choose_ranks
@@ -31,6 +32,8 @@ __all__ = ["Preview", "preview"]
 _LABELS = 2
 #: Tokens of a row that are assumed where nothing limits them.
 _LENGTH = 512
+#: Prompts whose length is taken, at most.
+_PROMPTS = 2000
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,7 @@ def preview(recipe: Recipe) -> Preview:
             )
             settled = replace(settled, adapter=adapter)
             cost = _data_start(settled, model, adapted_layers, gpu)
+            tokens, about_prompts = _tokens(settled)
             memory = estimate(
                 model,
                 settled.adapter,
@@ -128,12 +132,14 @@ def preview(recipe: Recipe) -> Preview:
                 dtype=base_dtype(recipe, gpu),
                 quantization=recipe.model.quantization,
                 gpu=gpu,
+                tokens=tokens,
                 libraries=libraries,
                 start=None if cost is None else cost.statistics + cost.workspace,
             )
             adapted = with_adapter(model, settled.adapter)
         notes += [
             *about_ranks,
+            *about_prompts,
             *_about_data(settled, cost),
             *(f"{pattern} matches no layer." for pattern, names in found.items() if not names),
         ]
@@ -172,6 +178,36 @@ def _labels(recipe: Recipe) -> tuple[int | None, list[str]]:
     return _LABELS, [f"The number of classes is not known before the data is downloaded; {_LABELS} are assumed."]
 
 
+def _tokens(settled: Plan) -> tuple[int | None, list[str]]:
+    """Of grpo the longest prompt with its completion, where the data lies on this machine."""
+    recipe = settled.recipe
+    if recipe.task != "grpo":
+        return None, []
+    completion = settled.training.max_completion_length
+    known = is_pocket(recipe.data.train) or is_local(recipe.data.train)
+    tokenizer = _tokenizer(recipe) if known else None
+    if tokenizer is None:
+        return _LENGTH + completion, [
+            f"The length of the prompts is not known before data and tokenizer are downloaded; {_LENGTH} tokens are "
+            "assumed."
+        ]
+    prompts = choose_rows(load_training_data(recipe).train.select_columns("prompt"), _PROMPTS, recipe.seed)
+    longest = max(len(ids) for batch in batches_of_rows(prompts, tokenizer) for ids in batch["input_ids"])
+    return longest + completion, []
+
+
+def _tokenizer(recipe: Recipe) -> Any:
+    """The model's, or None where it is not on this machine or cannot read conversations."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            name_or_path(recipe), revision=recipe.model.revision, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError):
+        return None
+
+
 def _data_start(settled: Plan, model: Any, layers: list[str], gpu: bool) -> DataStartCost | None:
     """The cost of a start from calibration data; None for methods that need none."""
     if not settled.method.takes_data():
@@ -185,7 +221,7 @@ def _data_start(settled: Plan, model: Any, layers: list[str], gpu: bool) -> Data
             layers,
             settings,
             batch_size=settings.batch_size or training.per_device_train_batch_size,
-            length=settings.max_length or training.max_length or _LENGTH,
+            length=settings.max_length or getattr(training, "max_length", None) or _LENGTH,
             dtype=base_dtype(recipe, gpu),
             device="cuda" if gpu and torch.cuda.is_available() else "cpu",
         )

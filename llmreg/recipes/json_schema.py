@@ -16,6 +16,8 @@ from pydantic.errors import PydanticUserError
 from ..methods import catalogue
 from .fields import hints
 from .planning import adapter_fields_left_out, training_fields_left_out
+from .regularizing import known_regularizers
+from .rewards import BUILT_IN
 from .schema import Recipe
 from .tasks import TASKS, config_class
 
@@ -29,6 +31,13 @@ def recipe_schema() -> dict[str, Any]:
     properties["include"] = {"type": "string", "description": "A recipe that this one is laid over."}
     properties["task"] = {"enum": list(TASKS), "default": "sft", "description": "What is trained."}
     properties["training"] = {"type": "object", "description": "Any field of the task's TRL or transformers config."}
+    reward = {"$ref": "#/$defs/Reward"}
+    properties["rewards"] = {
+        "type": "array",
+        "items": {"anyOf": [{"enum": list(BUILT_IN)}, {"type": "string", "pattern": "^[^:]+:[^:]+$"}, reward]},
+        "description": "Of grpo: names, or names with a weight.",
+    }
+    properties["regularizers"] = _regularizers()
     methods = list(catalogue().values())
     properties["adapter"] = {
         "type": "object",
@@ -69,6 +78,29 @@ def recipe_schema() -> dict[str, Any]:
         **schema,
         "title": "llmreg recipe",
         "description": "What `llmreg train` does; `llmreg schema` prints this schema.",
+    }
+
+
+def _regularizers() -> dict[str, Any]:
+    """A list of names, or of mappings with the fields of each name's class."""
+    known = known_regularizers()
+    entries = [
+        {
+            "type": "object",
+            "required": ["name"],
+            "properties": {
+                "name": {"const": name, "description": (kind.__doc__ or "").strip().splitlines()[0]},
+                "teacher": {"type": "string", "description": "Of a classifier: a checkpoint with a trained head."},
+                **_fields(kind, frozenset()),
+            },
+            "additionalProperties": False,
+        }
+        for name, kind in known.items()
+    ]
+    one = {"anyOf": [{"enum": list(known)}, *entries]}
+    return {
+        "description": "Terms that are added to the loss.",
+        "anyOf": [one, {"type": "array", "items": one}, {"type": "null"}],
     }
 
 

@@ -12,7 +12,7 @@ import os
 import re
 import reprlib
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +235,13 @@ def _section(location: Location) -> type[BaseModel]:
     """The model class that describes the mapping at `location`."""
     section: type[BaseModel] = Recipe
     for key in location:
-        inner = section.model_fields[str(key)].annotation
-        classes = [kind for kind in (inner, *typing.get_args(inner)) if isinstance(kind, type)]
-        section = next(kind for kind in classes if issubclass(kind, BaseModel))
+        if isinstance(key, str):  # an item of a list is described by the list's annotation
+            section = next(_models(section.model_fields[key].annotation))
     return section
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in typing.get_args(annotation):
+        yield from _models(inner)

@@ -26,6 +26,8 @@ Quantization = Literal["nf4", "int8"]
 
 #: A CUDA context with cuBLAS' workspace, which no allocator reports; 0.4 to 0.6 GB on the GPUs of the last years.
 _CUDA_CONTEXT = 500 << 20
+#: Float32 copies of a row's scores while a token is drawn: the scores, those at the temperature, the probabilities.
+_SCORES = 3
 #: Numbers that share one scale in bitsandbytes' 4-bit storage, and scales that share one in its double quantisation.
 _NF4_BLOCK, _NF4_NESTED_BLOCK = 64, 256
 #: bitsandbytes keeps the state of smaller parameters in 32 bits; its 8-bit state has a float32 scale a block.
@@ -50,6 +52,7 @@ class MemoryEstimate:
         temporaries: what else is live at the worst moment of the micro-batch.
         allocator: freed memory that a CPU's malloc cannot give back during a step.
         start: workspace of the decomposition, before training.
+        generation: of grpo, keys and values of a whole batch of completions and the scores of their last tokens.
         notes: what is not known or not counted.
     """
 
@@ -63,14 +66,16 @@ class MemoryEstimate:
     temporaries: int | None
     allocator: int | None
     start: int | None
+    generation: int | None = 0
     notes: tuple[str, ...] = ()
 
     @property
     def peak(self) -> int:
-        """The larger of a training step's sum and the start's; parts that are None count nothing."""
+        """The largest of a training step's sum, generation's and the start's; parts that are None count nothing."""
         step = (self.gradients, self.optimizer, self.activations, self.temporaries, self.allocator)
         resident = self.libraries + self.weights + self.mapped + self.adapter
-        return resident + max(sum(part or 0 for part in step), self.start or 0)
+        generating = (self.optimizer or 0) + (self.generation or 0)
+        return resident + max(sum(part or 0 for part in step), generating, self.start or 0)
 
 
 def estimate(
@@ -91,10 +96,10 @@ def estimate(
 
     Args:
         model: from `outline`; left as it is.
-        training_config: TRL's `SFTConfig`, `DPOConfig`, or `TrainingArguments` for classification.
+        training_config: TRL's `SFTConfig`, `DPOConfig`, `GRPOConfig`, or `TrainingArguments` for classification.
         dtype: of the weights that are not quantised. double_quantization: of NF4's scales.
         gpu: estimate the GPU's memory, else the process's.
-        tokens: length of a row where it is known; default `max_length`.
+        tokens: length of a row where it is known, of grpo with its completion; default `max_length`.
         libraries: from `libraries_memory`, where it was taken earlier; default: taken now.
         start: workspace of the start, where it is known; default: found out, for methods that need no data.
     """
@@ -123,6 +128,7 @@ def estimate(
         temporaries=None if step is None else step.peak - step.saved,
         allocator=None if saved is None else 0 if gpu else _held_by_malloc(saved),
         start=start,
+        generation=_generation(model, training_config, tokens, dtype, notes) if task == "grpo" else 0,
         notes=tuple(notes),
     )
 
@@ -249,6 +255,24 @@ def _start(adapted: Any, dtype: torch.dtype, quantization: str | None, gpu: bool
     except Exception as error:  # a decomposition that asks for values the simulation does not have
         notes.append(f"The workspace of the start is not known: {_first_sentence(error)}")
         return None
+
+
+def _generation(model: Any, training: Any, tokens: int | None, dtype: torch.dtype, notes: list[str]) -> int | None:
+    """Keys and values of the completions that are generated at a time, and the scores from which a token is drawn."""
+    if training.use_vllm:
+        notes.append("vLLM's memory is not counted.")
+        return None
+    if tokens is None:
+        notes.append("Generation is not known: the length of the prompts is not.")
+        return None
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    rows = training.per_device_train_batch_size * training.steps_per_generation
+    notes.append("Of generation the cache and the scores are counted, not the pass over the prompts.")
+    cache = 2 * config.num_hidden_layers * width * tokens * dtype.itemsize
+    scores = config.vocab_size * (dtype.itemsize + 4 * _SCORES)
+    return rows * (cache + scores)
 
 
 def _step(

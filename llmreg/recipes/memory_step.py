@@ -30,6 +30,7 @@ __all__ = ["StepMemory", "simulate_start", "simulate_step"]
 _OUTPUTS = {
     "sft": ("log_probs", "entropy", "is_top1"),
     "dpo": ("log_probs", "entropy", "mean_logits", "is_top1"),
+    "grpo": ("log_probs", "entropy"),
 }
 
 
@@ -111,7 +112,7 @@ def simulate_step(
     Args:
         model: a `PeftModel` on the meta device; used up.
         training: TRL's or transformers' config.
-        task: "sft", "dpo" or "classification".
+        task: "sft", "dpo", "grpo" or "classification".
         rows: of the batch as the model gets it. length: tokens of a row.
         quantized: names, in the base model, of the linear layers that are kept quantised.
         device: "cpu" or "cuda".

@@ -15,7 +15,7 @@ from ..errors import RecipeError
 
 __all__ = ["Parameters", "Task", "count", "frozen_factors", "outline", "targets", "with_adapter"]
 
-Task = Literal["sft", "dpo", "classification"]
+Task = Literal["sft", "dpo", "grpo", "classification"]
 
 
 class Parameters(NamedTuple):

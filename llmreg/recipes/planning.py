@@ -23,6 +23,8 @@ from .conflicts import (
 )
 from .fields import check_fields
 from .regularizing import build_regularizers
+from .reinforcement import check_generations, check_reinforcement
+from .rewards import check_rewards
 from .schema import Recipe
 from .tasks import TASKS, TaskKind, config_class
 
@@ -101,6 +103,8 @@ def plan(recipe: Recipe, *, new_output: bool = True) -> Plan:
         exported_rank = check_adapter(recipe, method, adapter)
         regularizers = build_regularizers(recipe, adapter)
         check_training(recipe, training)
+        check_reinforcement(recipe, training)
+        check_rewards(recipe)
         check_environment(recipe, training)
         check_sources(recipe)
         if new_output:
@@ -173,6 +177,7 @@ def _training(recipe: Recipe) -> Any:
     kind = TASKS[recipe.task]
     arguments_class = config_class(kind)
     check_fields(recipe, "training", recipe.training, arguments_class, managed=_training_managed(kind))
+    check_generations(recipe)
     gpu = torch.cuda.is_available() and not recipe.training.get("use_cpu", False)
     # transformers has renamed it; the older versions that are supported know the older name only.
     renamed = hasattr(arguments_class, "activation_checkpointing")
@@ -184,6 +189,8 @@ def _training(recipe: Recipe) -> Any:
         "report_to": "none",
     }
     fixed = {"output_dir": f"{recipe.output.dir}/checkpoints", "seed": recipe.seed, "disable_tqdm": True}
+    if recipe.task == "grpo" and recipe.rewards:
+        fixed["reward_weights"] = [reward.weight for reward in recipe.rewards]
     settings = {**defaults, **recipe.training, **fixed}
     try:
         return arguments_class(**settings)

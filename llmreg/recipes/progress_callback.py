@@ -11,7 +11,7 @@ __all__ = ["TrainingBar", "use_training_bar"]
 
 
 class TrainingBar(TrainerCallback):
-    """A bar over the optimizer steps with the latest loss, on stderr if that is a terminal."""
+    """A bar over the optimizer steps with the latest loss or reward, on stderr if that is a terminal."""
 
     def __init__(self) -> None:
         self._bar: Any = None
@@ -33,8 +33,9 @@ class TrainingBar(TrainerCallback):
             self._bar.update(self._task, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if self._bar is not None and logs and "loss" in logs:
-            self._bar.update(self._task, description=f"training, loss {float(logs['loss']):.3f}")
+        shown = next((name for name in ("reward", "loss") if logs and logs.get(name) is not None), None)
+        if self._bar is not None and logs and shown:
+            self._bar.update(self._task, description=f"training, {shown} {float(logs[shown]):.3f}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()

@@ -9,7 +9,7 @@ from .fields import check_fields
 from .load import suggestion
 from .schema import Recipe
 
-__all__ = ["build_regularizers", "load_teacher"]
+__all__ = ["build_regularizers", "known_regularizers", "load_teacher"]
 
 
 def build_regularizers(recipe: Recipe, adapter: Any) -> list[Any]:
@@ -22,7 +22,7 @@ def build_regularizers(recipe: Recipe, adapter: Any) -> list[Any]:
     built: list[Any] = []
     for index, entry in enumerate(recipe.regularizers):
         section, place = f"regularizers.{index}", ("regularizers", index)
-        known = _known()
+        known = known_regularizers()
         if entry.name not in known:
             message = f"there is no regulariser {entry.name!r}; {suggestion(entry.name, known)}"
             raise recipe.error((*place, "name"), message)
@@ -61,7 +61,8 @@ def load_teacher(recipe: Recipe) -> Any:
         ) from None
 
 
-def _known() -> dict[str, Any]:
+def known_regularizers() -> dict[str, Any]:
+    """Classes by the names that recipes write."""
     from ..regularizers import REGULARIZERS
     from ..trainers import TunerRegularizer
 

@@ -95,11 +95,7 @@ def report_of(
     recipe, model, adapter = settled.recipe, trainer.model, folder / "adapter"
     sidecar = read_sidecar(adapter)
     trainable, total = model.get_nb_trainable_parameters()
-    curve = tuple(
-        {key: float(line[key]) for key in ("step", "loss", "learning_rate") if key in line}
-        for line in trainer.state.log_history
-        if "loss" in line
-    )
+    curve = tuple(_logged(line) for line in trainer.state.log_history if "loss" in line)
     return Report(
         method=settled.method.name,
         model=recipe.model.name,
@@ -126,6 +122,13 @@ def report_of(
         classes=None if classes is None else classes.names,
         **facts,
     )
+
+
+def _logged(line: dict[str, Any]) -> dict[str, float]:
+    """What the report keeps of a log line; of grpo the rewards too, in all and of each function."""
+    names = ("step", "loss", "learning_rate", "reward", "reward_std", "entropy", "kl", "completions/mean_length")
+    kept = (*names, *(name for name in line if name.startswith("rewards/") and name.endswith("/mean")))
+    return {name: float(line[name]) for name in kept if line.get(name) is not None}
 
 
 def _vectors(model: Any) -> dict[str, Any] | None:

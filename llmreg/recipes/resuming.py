@@ -44,17 +44,21 @@ class _Interrupted(BaseException):
 class Checkpoints(TrainerCallback):
     """Puts the recipe into every checkpoint, and on SIGTERM makes one after the running step and ends the training.
 
+    Args:
+        every: SIGTERM waits for a step that this number divides (grpo's steps on one batch of completions).
+
     Attributes:
         stopped: whether SIGTERM came.
         trained: set when the last step is over: from then on SIGTERM does not wait for anything.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, every: int = 1) -> None:
         self.text = dump_recipe(recipe)
+        self.every = every
         self.stopped = self.trained = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.stopped:
+        if self.stopped and state.global_step % self.every == 0:
             control.should_save = control.should_training_stop = True
         self._mark(args, state, control)
 

@@ -20,6 +20,7 @@ from .calibrating import start_on_data
 from .data import Classes, load_training_data, located, scoring_rows
 from .planning import plan
 from .progress_callback import TrainingBar
+from .reinforcement import steps_of_a_generation
 from .results import Scores, refuse_diverged, report_of, save_adapter, write_reports
 from .resuming import Checkpoints, differences, find_checkpoint, finish_from
 from .schema import Recipe
@@ -85,7 +86,7 @@ def run(recipe: Recipe, *, resume: bool | str = False, allow_changes: bool = Fal
             heldout.measure("before")  # of the base: a start from data need not be zero (EoRA)
         with clock.timing("init"):
             calibrated = start_on_data(settled, trainer, tokenizer)
-        checkpoints = Checkpoints(recipe)
+        checkpoints = Checkpoints(recipe, every=steps_of_a_generation(settled.training))
         tracked = TrackedScores(
             trainer,
             before,

@@ -17,7 +17,7 @@ from ..sizes import parse_size
 from .document import Document
 from .tasks import TASKS, TASKS_TO_COME
 
-__all__ = ["Adapter", "Calibration", "Data", "Evaluation", "Model", "Output", "Recipe", "Regularizer"]
+__all__ = ["Adapter", "Calibration", "Data", "Evaluation", "Model", "Output", "Recipe", "Regularizer", "Reward"]
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -48,7 +48,8 @@ class Model(_Section):
 
 class Data(_Section):
     """Training data. For sft rows with `prompt` and `completion`, `text`, or `messages`, or `question` and `answer`
-    (GSM8K); for dpo `prompt` (or not), `chosen` and `rejected`; for classification `text` and `label`.
+    (GSM8K); for dpo `prompt` (or not), `chosen` and `rejected`; for grpo `prompt` and what its rewards compare with,
+    `answer` (or `completion`, or GSM8K's); for classification `text` and `label`.
 
     Attributes:
         train: a pocket task, a Hub id, a .jsonl, .json, .csv or .parquet file, or a folder of them.
@@ -150,12 +151,23 @@ class Calibration(_Section):
         return None if self.samples == "all" else self.samples
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list | tuple)
-
-
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+class Reward(_Section):
+    """A reward of grpo.
+
+    Attributes:
+        name: `pocket_arithmetic`, `exact_match`, `math`, `format`, or `package.module:function`, a function of yours
+            with TRL's signature, `(prompts, completions, **columns) -> list of numbers or None`.
+        weight: of it in the sum. pattern: of `format`, a regular expression for the whole completion; default: one part
+            in think tags, then one in answer tags.
+    """
+
+    name: str = Field(min_length=1)
+    weight: float = 1.0
+    pattern: str | None = None
 
 
 class Evaluation(_Section):
@@ -209,6 +221,7 @@ class Recipe(_Section):
     adapter: Adapter
     calibration: Calibration | None = None
     regularizers: tuple[Regularizer, ...] = ()
+    rewards: tuple[Reward, ...] | None = None
     training: dict[str, Any] = Field(default_factory=dict)
     evaluation: Evaluation = Field(default_factory=Evaluation)
     output: Output
@@ -223,10 +236,14 @@ class Recipe(_Section):
             return values
         return {key: value for key, value in values.items() if value is not None}
 
-    @field_validator("regularizers", mode="before")
+    @field_validator("regularizers", "rewards", mode="before")
     @classmethod
-    def _listed(cls, value: Any) -> Any:
-        return tuple({"name": one} if isinstance(one, str) else one for one in value) if _is_list(value) else value
+    def _named(cls, value: Any) -> Any:
+        """A name alone stands for `{name: ...}`, and one entry for a list of one."""
+        listed = [value] if isinstance(value, str | dict) else value
+        if not isinstance(listed, list):
+            return listed
+        return tuple({"name": item} if isinstance(item, str) else item for item in listed)
 
     @field_validator("task")
     @classmethod

@@ -57,6 +57,21 @@ TASKS = {
             },
         ),
         TaskKind(
+            "grpo",
+            "trl:GRPOConfig",
+            "CAUSAL_LM",
+            "AutoModelForCausalLM",
+            (("prompt", "answer"), ("prompt", "completion"), ("prompt",)),
+            {
+                "reward_weights": "write each reward's weight beside its name under rewards",
+                "sync_ref_model": "the reference is the untouched base, which a PEFT adapter cannot move",
+                "ref_model_mixup_alpha": "the reference is the untouched base",
+                "ref_model_sync_steps": "the reference is the untouched base",
+                "eval_strategy": "grpo has no held-out loss; write evaluation.tasks, which are scored before and after",
+                "log_completions_hub_repo": "nothing is published while training",
+            },
+        ),
+        TaskKind(
             "classification",
             "llmreg.recipes.classification:ClassificationConfig",
             "SEQ_CLS",
@@ -66,7 +81,7 @@ TASKS = {
     )
 }
 #: Tasks that later versions train.
-TASKS_TO_COME = ("grpo", "edit")
+TASKS_TO_COME = ("edit",)
 #: Rows that `evaluation` scores, by PEFT's task type; the first that fits is taken.
 SCORED_FORMATS: dict[str, Formats] = {
     "CAUSAL_LM": (("prompt", "completion"), ("prompt", "chosen", "rejected"), ("text",)),

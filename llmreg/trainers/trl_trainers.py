@@ -22,6 +22,7 @@ from .hardness import HardnessWeighting
 from .initialize import InitializationReport, initialize
 from .low_probability import LowProbabilityPreparation, check_grpo
 from .output_terms import Batch
+from .prompt_order import with_epochs
 
 __all__ = ["DPOTrainer", "GRPOTrainer", "SFTTrainer"]
 
@@ -101,6 +102,8 @@ class DPOTrainer(_Prepared, trl.DPOTrainer):
 class GRPOTrainer(_Prepared, HardnessWeighting, LowProbabilityPreparation, trl.GRPOTrainer):
     """`trl.GRPOTrainer` with `regularizers=`, `calibration_dataset=`, `calibration=` and `hardness_weighting=`.
 
+    It resumes in any epoch.
+
     Args:
         hardness_weighting: policy-specific hardness weighting of advantages, see `llmreg.trainers.hardness`.
     """
@@ -132,3 +135,6 @@ class GRPOTrainer(_Prepared, HardnessWeighting, LowProbabilityPreparation, trl.G
     def _regularizers(self) -> Sequence[Any]:
         callback = getattr(self, "_regularizer_callback", None)
         return () if callback is None else callback.given or ()
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        return with_epochs(super()._get_train_sampler(dataset))
