@@ -34,7 +34,7 @@ class TunerRegularizer:
     schedule: str = "constant"
 
     name: ClassVar[str] = "tuner"
-    needs: ClassVar[frozenset[Need]] = frozenset({"model", "log_probs"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"model"})
     reduction: ClassVar[Literal["tokens", "batch"]] = "batch"
 
     def __post_init__(self) -> None:
