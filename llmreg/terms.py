@@ -15,7 +15,7 @@ class Term:
     """A row of the catalogue.
 
     Attributes:
-        name: as recipes write it under `regularizers`. title: in prose. config: import path of its class, "module:Class".
+        name: as recipes write it under `regularizers`. title: in prose. config: import path of its class.
         paper: what to read and cite; None: it is PEFT's own.
         what, when, when_not, cost: one sentence each.
         tasks: where it acts. defaults: what is used where the recipe says nothing. recipe: a runnable one.
@@ -117,7 +117,7 @@ TERMS = {
             "Protects sampled tokens of negative advantage that are unlikely but plausible.",
             "GRPO whose entropy collapses.",
             "Losses that weigh whole sequences (luspo, vespo).",
-            "The head for about 1 % of the tokens; on-policy, an exact threshold takes a forward pass a generated batch.",
+            "The head for 1 % of the tokens; on-policy, an exact threshold takes a forward pass a generated batch.",
             ("grpo",),
             {"weight": 1.0, "kappa": 0.02, "percentile": 0.01, "threshold": "exact", "divergence": "k3"},
             "recipes/pocket-grpo-lpreg.yaml",
