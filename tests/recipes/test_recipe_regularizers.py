@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,22 @@ def test_a_classifier_s_consistency_takes_a_teacher(tmp_path):
     assert rows["consistency"] > 0
     with pytest.raises(RecipeError, match="cannot be loaded"):
         run(recipe("pocket-classification", tmp_path / "b", "regularizers=[{name: consistency, teacher: nowhere}]"))
+
+
+def test_schedules_go_on_where_a_resumed_run_left_them(tmp_path):
+    """To the same bits, and with the same terms logged, as a run in one piece."""
+    settings = [
+        "training.max_steps=4",
+        "training.save_strategy=steps",
+        "training.save_steps=2",
+        "data.split=validation",
+    ]
+    settings += ["regularizers=[{name: consistency, weight: 0.5}, {name: diversity, schedule: linear_warmup}]"]
+    whole = run(recipe("quickstart", tmp_path / "whole", *settings))
+    folder = tmp_path / "again"
+    shutil.copytree(tmp_path / "whole" / "run" / "checkpoints", folder / "run" / "checkpoints")
+    shutil.rmtree(folder / "run" / "checkpoints" / "checkpoint-4")
+    again = run(recipe("quickstart", folder, *settings), resume=True)
+    weights = "run/adapter/adapter_model.safetensors"
+    assert (folder / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+    assert again.regularizers == whole.regularizers
