@@ -264,6 +264,8 @@ def test_a_function_that_returns_no_rewards_is_refused(module, tmp_path, name, s
         ("rewards=[my_rewards:number]", "my_rewards:number is no reward function"),
         ("rewards=[no_such_module_of_mine:f]", "cannot be imported (No module named 'no_such_module_of_mine')"),
         ("rewards=[':f']", "':f' is no path of a function; write package.module:function"),
+        ("rewards=['.rewards:f']", "'.rewards:f' is no path of a function"),
+        ("rewards=['builtins:type']", "builtins:type is no reward function"),
         ("rewards=3", "rewards should be a list, not 3"),
         ("task=sft", "rewards are for task grpo, and this is sft; remove the section"),
     ],
