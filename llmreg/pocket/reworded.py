@@ -1,8 +1,8 @@
 """The arithmetic of pretraining in words that pretraining did not use: a task with a signal for reinforcement learning.
 
-The pretrained model reads these phrasings right in part, each differently often (greedy, on training operands: 73, 71, 42
-and 33 %), so that some of several sampled answers are right and some are wrong. Word problems give no such signal: it
-solves none. Operands of validation and test occur in no training text.
+The pretrained model reads these phrasings right in part, each differently often (greedy, on training operands: 73, 71,
+42 and 33 %), so that some of several sampled answers are right and some are wrong. Word problems give no such signal:
+it solves none. Operands of validation and test occur in no training text.
 """
 
 from __future__ import annotations
