@@ -8,6 +8,7 @@ averaged over ranks and clipped. Either way it acts once a step, whatever the ac
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +66,7 @@ class FactorTerms:
         self.terms = list(terms)
         self._hooks: list[Any] = []
         self._added: set[int] = set()
+        self._suspended = False
         self._directions: list[tuple[FactorTerm, nn.Parameter, Tensor]] = []
         for term in self.terms:
             _check(term, args)
@@ -73,6 +75,15 @@ class FactorTerms:
 
     def begin_step(self) -> None:
         self._added.clear()
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Gradients that are taken in this context are not the loss's; hooks of parameters fire for them too."""
+        self._suspended = True
+        try:
+            yield
+        finally:
+            self._suspended = False
 
     @torch.no_grad()
     def before_optimizer_step(self, step: int) -> None:
@@ -125,7 +136,8 @@ class FactorTerms:
 
     def _hook(self, term: FactorTerm, factor: TrainedFactor) -> Any:
         def add(gradient: Tensor) -> Tensor:
-            if not GradientState().sync_gradients or id(factor.parameter) in self._added:
+            added = id(factor.parameter) in self._added
+            if added or self._suspended or not GradientState().sync_gradients:
                 return gradient
             self._added.add(id(factor.parameter))
             return gradient + term.regularizer.weight * term.gradient(factor).to(gradient.dtype)
