@@ -123,15 +123,15 @@ def test_regularizers_beside_a_callback_are_not_dropped_in_silence(tmp_path, bas
         trainer.add_callback(RegularizerCallback([Counted(name="b")]))
 
 
-@pytest.mark.parametrize("how", ["regularizers", "callbacks", "add_callback"])
+@pytest.mark.parametrize("how", ["regularizers", "callbacks"])
 def test_however_it_comes_into_llmreg_s_grpo_the_low_probability_term_is_checked(tmp_path, base, how):
-    terms = [LowProbabilityRegularizer()]
-    own = {"regularizers": terms} if how == "regularizers" else {"callbacks": [RegularizerCallback(terms)]}
+    given = [LowProbabilityRegularizer()]
+    own = {how: given if how == "regularizers" else [RegularizerCallback(given)]}
     with pytest.raises(UnsupportedError, match="luspo"):
-        trainer = trl_runs.grpo(
-            base, tmp_path, lora(), llmreg.trainers, own if how != "add_callback" else None, loss_type="luspo"
-        )
-        trainer.add_callback(RegularizerCallback(terms))
+        trl_runs.grpo(base, tmp_path, lora(), llmreg.trainers, own, loss_type="luspo")
+    trainer = trl_runs.grpo(base, tmp_path, lora(), llmreg.trainers, loss_type="luspo")
+    with pytest.raises(UnsupportedError, match="luspo"):
+        trainer.add_callback(RegularizerCallback(given))
 
 
 # -- what was asked for -----------------------------------------------------------------------------------------
