@@ -11,13 +11,13 @@ import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from torch import Tensor
 
 from ..errors import RecipeError
 
-__all__ = ["SCHEDULES", "Context", "Head", "Need", "Regularizer", "check_weight", "schedule_factor"]
+__all__ = ["SCHEDULES", "Context", "Head", "Need", "Regularizer", "check_term", "check_weight", "schedule_factor"]
 
 #: `hidden`: the inputs of the language-model head at scored positions. `teacher`: the same of the base without its
 #: adapters (of logits where the task is classification). `log_probs`: of the labels. `logits`: of a classifier.
@@ -97,7 +97,7 @@ class Regularizer(Protocol):
     reduction: Literal["tokens", "batch"]
 
     def loss(self, context: Context) -> Tensor:
-        """The term, a scalar with gradients, without its weight."""
+        """The term, a scalar with gradients, without its weight; finite where no token is scored, too."""
         ...
 
 
@@ -134,3 +134,13 @@ def check_weight(regularizer: Any) -> None:
         near = difflib.get_close_matches(str(schedule), SCHEDULES, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(SCHEDULES)}."
         raise RecipeError(f"{regularizer.name}: schedule {schedule!r} is unknown; {hint}")
+
+
+def check_term(regularizer: Any) -> None:
+    """Raises RecipeError where a regulariser of anybody's does not hold to `Regularizer`."""
+    check_weight(regularizer)
+    for need in regularizer.needs:
+        if need not in get_args(Need):
+            raise RecipeError(f"{regularizer.name}: it needs {need!r}; known are {', '.join(get_args(Need))}.")
+    if regularizer.reduction not in ("tokens", "batch"):
+        raise RecipeError(f"{regularizer.name}: reduction must be 'tokens' or 'batch', got {regularizer.reduction!r}.")

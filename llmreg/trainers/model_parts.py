@@ -11,12 +11,20 @@ from torch import nn
 from ..errors import UnsupportedError
 from ..regularizers.base import Head
 
-__all__ = ["backbone_of", "evaluating", "has_head", "head_of", "without_adapters"]
+__all__ = ["active_configs", "backbone_of", "evaluating", "has_head", "head_of", "without_adapters"]
 
 
 def _base(model: Any) -> Any:
     get_base_model = getattr(model, "get_base_model", None)
     return get_base_model() if callable(get_base_model) else model
+
+
+def active_configs(model: Any) -> dict[str, Any]:
+    """The configs of the adapters that are switched on, by name; TRL keeps a frozen copy beside them as reference."""
+    configs = getattr(model, "peft_config", None) or {}
+    active = getattr(model, "active_adapters", ())
+    names = active() if callable(active) else active  # a method where transformers put the adapter in itself
+    return {name: configs[name] for name in names if name in configs}
 
 
 def backbone_of(model: nn.Module) -> nn.Module | None:

@@ -11,7 +11,8 @@ the trainer tells how many there are (`llmreg.trainers`), else of micro-batches,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,20 +73,27 @@ class OutputTerms:
         model: the wrapped model, not the parallel wrapper around it.
         temperature: that the trainer's log-probabilities are taken at.
         teacher: a model for classification, with a trained head; None: none.
+        probing: entered while gradients are taken only to be looked at.
 
     Raises:
         UnsupportedError: the model cannot give what a regulariser needs.
     """
 
     def __init__(
-        self, model: nn.Module, regularizers: Sequence[Regularizer], *, temperature: float = 1.0, teacher: Any = None
+        self,
+        model: nn.Module,
+        regularizers: Sequence[Regularizer],
+        *,
+        temperature: float = 1.0,
+        teacher: Any = None,
+        probing: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         task = "nlg" if has_head(model) else "nlu"
         self.regularizers = [one.for_task(task) if hasattr(one, "for_task") else one for one in regularizers]
         self.model, self.teacher = model, teacher
         self.batch: Batch | None = None
         self.progress, self.window = 0.0, 1
-        self._temperature = temperature
+        self._temperature, self._probing = temperature, probing
         self._backbone_call: tuple[Any, tuple, dict] | None = None
         self._hidden: Tensor | None = None
         self._tied = 0
@@ -204,7 +212,8 @@ class OutputTerms:
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         found: Sequence[Tensor | None] = ()
         if value.requires_grad:
-            found = torch.autograd.grad(value, trainable, retain_graph=True, allow_unused=True)
+            with self._probing():
+                found = torch.autograd.grad(value, trainable, retain_graph=True, allow_unused=True)
         if all(gradient is None for gradient in found):
             raise UnsupportedError(
                 f"The regulariser {one.name!r} reaches no trainable parameter, so its weight {one.weight} would do "

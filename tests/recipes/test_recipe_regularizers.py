@@ -10,6 +10,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import llmreg.pocket
+from llmreg import RegularizerCallback
 from llmreg.errors import RecipeError
 from llmreg.recipes import load_recipe, plan, run
 
@@ -50,6 +51,11 @@ def logged(name, folder, *overrides):
         ("pocket-classification", ["regularizers=[consistency]"], "write teacher: PATH"),
         ("pocket-classification", ["adapter.method=balora"], "teacher with a trained head"),
         ("pocket-qpissa", ["regularizers=[consistency]"], "residual: quantized changes that base"),
+        ("pocket-balora", ["regularizers=[targeted_entropy]"], "asks for consistency, diversity, singular_values too"),
+        ("pocket-sorsa", ["regularizers=[diversity]"], "asks for orthonormal too"),
+        ("pocket-balora", ["adapter.variant=v1", "training.packing=true"], "consistency is a statistic of rows"),
+        ("quickstart", ["regularizers=[diversity]", "training.fp16=true"], "fp16 scales the loss"),
+        ("pocket-balora", ["training.fp16=true"], "fp16 scales the loss"),
     ],
 )
 def test_what_could_not_act_is_refused_with_what_to_write(tmp_path, name, overrides, message):
@@ -62,6 +68,19 @@ def test_a_complaint_says_where_it_was_written(tmp_path):
     path.write_text((RECIPES / "quickstart.yaml").read_text() + "regularizers:\n  - {name: diversity, weight: -1}\n")
     with pytest.raises(RecipeError, match=r"r\.yaml:2\d:\d+: diversity: weight must be"):
         plan(load_recipe(path, [f"output.dir={tmp_path}/run"]))
+
+
+@pytest.mark.parametrize("name", ["pocket-sorsa", "pocket-balora"])
+def test_one_callback_applies_what_the_config_asks_for(tmp_path, monkeypatch, name):
+    begun, begin = [], RegularizerCallback.on_train_begin
+
+    def counted(self, *args, **kwargs):
+        begun.append(self)
+        begin(self, *args, **kwargs)
+
+    monkeypatch.setattr(RegularizerCallback, "on_train_begin", counted)
+    run(recipe(name, tmp_path, "training.max_steps=1"))
+    assert len(begun) == 1
 
 
 def test_terms_act_in_sft_and_the_config_s_own_too(tmp_path):
