@@ -56,6 +56,7 @@ class Context:
         head: what makes logits of hidden states; teacher_head where it is another.
         logits: (batch, classes) of a classifier, with gradients; teacher_logits without.
         model: the model that is trained, for terms on its parameters.
+        loss_from: the output that the trainer's loss is taken from: "log_probs" (TRL), "loss" or "logits".
         advantages: (n,). old_log_probs: (n,) of the policy that sampled; None: the current policy is that.
         extra: what a regulariser's own trainer side prepared, (n,) each, by name.
         log: numbers to be logged beside the term, by their full key; the regulariser fills it.
@@ -74,6 +75,7 @@ class Context:
     advantages: Tensor | None = None
     old_log_probs: Tensor | None = None
     model: Any = None
+    loss_from: str | None = None
     extra: dict[str, Tensor] = field(default_factory=dict)
     log: dict[str, float | Tensor] = field(default_factory=dict)
 
