@@ -79,13 +79,7 @@ class RegularizerCallback(TrainerCallback):
         if others:
             _check_outputs(others, args)
             temperature = float(getattr(args, "temperature", None) or 1.0)
-            self.outputs = OutputTerms(
-                model,
-                others,
-                temperature=temperature,
-                teacher=self._teacher,
-                probing=self._factors.suspended,
-            )
+            self.outputs = OutputTerms(model, others, temperature=temperature, teacher=self._teacher)
         self._marked = marked_layers(model)
         for layer, adapter in self._marked:
             layer.set_regularized(adapter, True)

@@ -1,6 +1,7 @@
 """Terms on adapter factors whose gradient is known in closed form: they need no forward pass and no second backward.
 
-As a decoupled step such a term moves the parameters once after each optimizer step. As a term of the loss it is added
+As a decoupled step such a term moves the parameters once after each optimizer step; in half precision what rounding
+takes is kept and added to the next (a resumed run begins with nothing kept). As a term of the loss it is added
 to each parameter's gradient by a hook, once in the last backward pass of an accumulation window, before gradients are
 averaged over ranks and clipped. Either way it acts once a step, whatever the accumulation, batch and processes.
 """
@@ -8,7 +9,6 @@ averaged over ranks and clipped. Either way it acts once a step, whatever the ac
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -67,8 +67,8 @@ class FactorTerms:
         self.terms = list(terms)
         self._hooks: list[Any] = []
         self._added: set[int] = set()
-        self._suspended = False
         self._directions: list[tuple[FactorTerm, nn.Parameter, Tensor]] = []
+        self._remainders: dict[int, Tensor] = {}
         for term in self.terms:
             _check(term, args)
             if not term.regularizer.decoupled:
@@ -76,15 +76,6 @@ class FactorTerms:
 
     def begin_step(self) -> None:
         self._added.clear()
-
-    @contextmanager
-    def suspended(self) -> Iterator[None]:
-        """Gradients that are taken in this context are not the loss's; hooks of parameters fire for them too."""
-        self._suspended = True
-        try:
-            yield
-        finally:
-            self._suspended = False
 
     @torch.no_grad()
     def before_optimizer_step(self, step: int) -> None:
@@ -116,8 +107,20 @@ class FactorTerms:
                     f"The regulariser {term.regularizer.name!r} follows the learning rate of each factor, and the "
                     "optimizer lacks some; give the optimizer every parameter that requires gradients."
                 )
-            parameter.sub_(direction, alpha=term.regularizer.weight * rates[id(parameter)])
+            self._subtract(parameter, direction, term.regularizer.weight * rates[id(parameter)])
         self._directions = []
+
+    def _subtract(self, parameter: nn.Parameter, direction: Tensor, rate: float) -> None:
+        """`parameter -= rate direction`; of half precision (TRL's choice on a quantised base) with what rounding took
+        from the steps before, or small steps would never move it."""
+        if parameter.dtype.itemsize >= 4:
+            parameter.sub_(direction, alpha=rate)
+            return
+        wanted = parameter.float().sub_(direction, alpha=rate)
+        if id(parameter) in self._remainders:
+            wanted += self._remainders[id(parameter)]
+        parameter.copy_(wanted)
+        self._remainders[id(parameter)] = wanted.sub_(parameter)
 
     @torch.no_grad()
     def values(self) -> dict[str, float]:
@@ -137,8 +140,7 @@ class FactorTerms:
 
     def _hook(self, term: FactorTerm, factor: TrainedFactor) -> Any:
         def add(gradient: Tensor) -> Tensor:
-            added = id(factor.parameter) in self._added
-            if added or self._suspended or not GradientState().sync_gradients:
+            if not GradientState().sync_gradients or id(factor.parameter) in self._added:
                 return gradient
             self._added.add(id(factor.parameter))
             return gradient + term.regularizer.weight * term.gradient(factor).to(gradient.dtype)

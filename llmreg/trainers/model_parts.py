@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from ..errors import UnsupportedError
@@ -18,9 +18,9 @@ __all__ = [
     "check_next_tokens",
     "check_teacher",
     "evaluating",
+    "graph_reaches",
     "has_head",
     "head_of",
-    "recomputes_in_backward",
     "without_adapters",
 ]
 
@@ -146,10 +146,19 @@ def _why_no_base(config: Any) -> str:
     return ""
 
 
-def recomputes_in_backward(model: nn.Module) -> bool:
-    """Whether layers are checkpointed reentrantly: then no graph leads from outputs to parameters before backward."""
-    calls = [getattr(module, "_gradient_checkpointing_func", None) for module in model.modules()]
-    return any(getattr(call, "keywords", {}).get("use_reentrant", False) for call in calls)
+def graph_reaches(value: Tensor, parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether the graph of `value` leads to one of these that is trained, or to a reentrant checkpoint before it."""
+    wanted = {id(parameter) for parameter in parameters if parameter.requires_grad}
+    nodes, seen = [value.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if id(getattr(node, "variable", None)) in wanted or node.name() == "CheckpointFunctionBackward":
+            return True
+        nodes += [following for following, _ in node.next_functions]
+    return id(value) in wanted
 
 
 @contextmanager

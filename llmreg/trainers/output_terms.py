@@ -11,8 +11,7 @@ the trainer tells how many there are (`llmreg.trainers`), else of micro-batches,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +27,9 @@ from .model_parts import (
     check_next_tokens,
     check_teacher,
     evaluating,
+    graph_reaches,
     has_head,
     head_of,
-    recomputes_in_backward,
     without_adapters,
 )
 
@@ -82,20 +81,13 @@ class OutputTerms:
         model: the wrapped model, not the parallel wrapper around it.
         temperature: that the trainer's log-probabilities are taken at.
         teacher: a model for classification, with a trained head; None: none.
-        probing: entered while gradients are taken only to be looked at.
 
     Raises:
         UnsupportedError: the model cannot give what a regulariser needs.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        regularizers: Sequence[Regularizer],
-        *,
-        temperature: float = 1.0,
-        teacher: Any = None,
-        probing: Callable[[], AbstractContextManager[None]] = nullcontext,
+        self, model: nn.Module, regularizers: Sequence[Regularizer], *, temperature: float = 1.0, teacher: Any = None
     ) -> None:
         task = "nlg" if has_head(model) else "nlu"
         self.regularizers = [one.for_task(task) if hasattr(one, "for_task") else one for one in regularizers]
@@ -103,7 +95,7 @@ class OutputTerms:
         self.teacher = None if teacher is None else teacher.to(next(model.parameters()).device)
         self.batch: Batch | None = None
         self.progress, self.window = 0.0, 1
-        self._temperature, self._probing = temperature, probing
+        self._temperature = temperature
         self._backbone_call: tuple[Any, tuple, dict] | None = None
         self._hidden: Tensor | None = None
         self._tied, self._expected = 0, 1
@@ -205,11 +197,14 @@ class OutputTerms:
             return output
         context = self._context(acting, kwargs, output)
         context.loss_from = carriers[0]
+        new = [one.name for one, _ in acting if one.name not in self._verified]
+        if new:
+            self._check_finite(context, ", ".join(new))
         total = None
         for one, weight in acting:
             value = one.loss(context)
             if one.name not in self._verified:
-                self._verify(one, value, context)
+                self._verify(one, value)
             self._add(f"regularizer/{one.name}", value)
             part = weight * self._share(one, context) * value
             total = part if total is None else total + part
@@ -231,27 +226,32 @@ class OutputTerms:
         self._sums[key] = self._sums[key] + value if key in self._sums else value
         self._counts[key] = self._counts.get(key, 0) + 1
 
-    def _verify(self, one: Regularizer, value: Tensor, context: Context) -> None:
-        """Where a term first acts it must depend on a trainable parameter."""
+    def _verify(self, one: Regularizer, value: Tensor) -> None:
+        """Where a term first acts it must depend on a trainable parameter.
+
+        The graph is walked, not run: a backward pass of its own would fire the hooks of parameters, and use up what is
+        offloaded or recomputed once.
+        """
         self._verified.add(one.name)
-        inputs: list[Tensor] = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        if recomputes_in_backward(self.model):  # what the layers put out stands for their parameters
-            offered = (context.hidden, context.log_probs, context.logits)
-            inputs += [tensor for tensor in offered if tensor is not None and tensor.requires_grad]
-        found: Sequence[Tensor | None] = ()
-        if value.requires_grad:
-            with self._probing():
-                found = torch.autograd.grad(value, inputs, retain_graph=True, allow_unused=True)
-        if all(gradient is None for gradient in found):
+        if not graph_reaches(value, self.model.parameters()):
             raise UnsupportedError(
                 f"The regulariser {one.name!r} reaches no trainable parameter, so its weight {one.weight} would do "
                 "nothing; train parameters that its inputs depend on, or leave it out."
             )
-        if not all(gradient is None or bool(gradient.isfinite().all()) for gradient in found):
-            raise UnsupportedError(
-                f"The regulariser {one.name!r} has NaN or infinite gradients at the first step; look at its inputs and "
-                "weight, or leave it out."
-            )
+
+    def _check_finite(self, context: Context, names: str) -> None:
+        """Have the gradients checked that terms which are new send back; nothing else's come to these tensors."""
+
+        def check(gradient: Tensor) -> None:
+            if not bool(gradient.isfinite().all()):
+                raise UnsupportedError(
+                    f"The regularisers {names} have NaN or infinite gradients at their first step; look at their "
+                    "inputs and weights, or leave them out."
+                )
+
+        for tensor in (context.hidden, context.log_probs, context.logits):
+            if tensor is not None and tensor.requires_grad:
+                tensor.register_hook(check)
 
     # -- what it offers ---------------------------------------------------------------------------------------------
 
@@ -265,7 +265,7 @@ class OutputTerms:
         return context
 
     def _classify(self, context: Context, needs: frozenset[str], kwargs: dict, output: Any) -> None:
-        logits = context.logits = output.logits
+        logits = context.logits = output.logits.view_as(output.logits)  # a tensor that only the terms come to
         if logits.dim() != 2 or logits.shape[1] < 2:
             raise UnsupportedError(
                 f"The regularisers {self._names()} are about a classifier's logits, (batch, classes) with at least two "

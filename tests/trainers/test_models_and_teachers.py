@@ -186,6 +186,31 @@ def test_reentrant_checkpoints_change_nothing(tmp_path):
         torch.testing.assert_close(one, other)
 
 
+def test_what_a_pass_saves_is_read_once():
+    """As TRL's activation offloading has it, which forgets a tensor once it was given back."""
+    model, saved = peft.get_peft_model(tiny_models.llama(), lora()).train(), {}
+
+    def keep(tensor):
+        saved[len(kept)] = tensor
+        kept.append(1)
+        return len(kept) - 1
+
+    kept: list[int] = []
+    output_terms.OutputTerms(model, [DIVERSITY, CONSISTENCY])
+    batch = torch.tensor([row["input_ids"] for row in ROWS[:2]])
+    with torch.autograd.graph.saved_tensors_hooks(keep, saved.pop):
+        loss = model(input_ids=batch, labels=batch).loss
+    loss.backward()
+
+
+def test_nan_gradients_of_a_term_stop_the_run_at_its_first_step(tmp_path):
+    class Root(DiversityRegularizer):
+        def loss(self, context):
+            return (context.hidden.sum() * 0).sqrt()
+
+    refused(peft.get_peft_model(tiny_models.llama(), lora()), tmp_path, Root(schedule="constant"), "diversity have NaN")
+
+
 def test_what_not_every_process_logged_is_averaged_over_those_that_did(monkeypatch):
     model = peft.get_peft_model(tiny_models.llama(), lora())
     terms = output_terms.OutputTerms(model, [DIVERSITY])

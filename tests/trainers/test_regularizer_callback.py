@@ -14,6 +14,7 @@ from llmreg import RegularizerCallback, SorsaConfig
 from llmreg.adapters import AdditiveLayer
 from llmreg.errors import UnsupportedError
 from llmreg.regularizers import DiversityRegularizer, OrthonormalRegularizer
+from llmreg.trainers.factor_terms import FactorTerms, orthonormal_terms
 
 ROWS = [{"input_ids": [1 + i % 5, 7, 9 + i % 3, 4], "labels": [1 + i % 5, 7, 9 + i % 3, 4]} for i in range(128)]
 
@@ -104,7 +105,7 @@ def test_a_last_shorter_accumulation_window_adds_the_whole_term_too(tmp_path):
 
 
 def test_in_the_loss_it_acts_at_the_first_step_beside_a_term_on_outputs_too(tmp_path):
-    """That term is verified at its first step by a backward pass of its own, in which the hooks fire as well."""
+    """To verify that term at its first step no backward pass may be run: hooks of parameters would fire in it too."""
     output_term = DiversityRegularizer(schedule="constant")
     model, without = sorsa(weights=None), sorsa(weights=None)
     perturb_alike(model, without)
@@ -138,6 +139,32 @@ def test_the_decoupled_step_follows_the_learning_rate_schedule(tmp_path):
     tiny_models.perturb(model, size=0.05)
     run(model, tmp_path, callbacks=[Spy()], max_steps=2)
     assert steps == pytest.approx([0.02, 0.01], rel=1e-3)
+
+
+def test_steps_below_the_rounding_of_bfloat16_add_up(tmp_path):
+    """TRL casts adapters on a quantised base to bfloat16, where one step of the paper's weight moves nothing."""
+    orthonormal, ends = OrthonormalRegularizer(weight=1e-3), {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = sorsa(weights=None)
+        tiny_models.perturb(model, size=0.05)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16).to(dtype)
+        terms = FactorTerms(
+            list(orthonormal_terms(model, [orthonormal])), TrainingArguments(str(tmp_path), use_cpu=True)
+        )
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+        for step in range(200):
+            terms.before_optimizer_step(step)
+            terms.after_optimizer_step(optimizer, 1.0)
+        ends[dtype] = torch.cat([p.detach().flatten().float() for p in factors(model).values()])
+    start = sorsa(weights=None)
+    tiny_models.perturb(start, size=0.05)
+    begun = torch.cat([p.flatten().bfloat16().float() for p in factors(start).values()])
+    moved, exact = ends[torch.bfloat16] - begun, ends[torch.float32] - begun
+    # to the rounding of the factors themselves, 2^-9, of which there is one and not one a step
+    assert (moved - exact).norm() < 2**-9 * begun.norm()
+    assert exact.norm() > 4 * 2**-9 * begun.norm()
 
 
 def test_training_a_configured_regularizer_without_applying_it_is_refused(tokens):
