@@ -14,6 +14,7 @@ from ._after_peft import after_peft as _after_peft
 if TYPE_CHECKING:
     from .adapters import (
         AdditiveConfig,
+        BaLoraConfig,
         BoneConfig,
         CordaConfig,
         EoraConfig,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "AdditiveConfig",
+    "BaLoraConfig",
     "BoneConfig",
     "CordaConfig",
     "EoraConfig",

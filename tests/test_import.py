@@ -9,6 +9,8 @@ import time
 
 import pytest
 
+import llmreg
+
 REGISTERED = "import peft; assert peft.PeftModel._llmreg_installed; peft.PeftType.LLMREG_ADDITIVE"
 
 
@@ -25,6 +27,10 @@ REGISTERED = "import peft; assert peft.PeftModel._llmreg_installed; peft.PeftTyp
 )
 def test_peft_knows_the_methods_in_whatever_order_they_are_imported(code, run_python):
     run_python(code)
+
+
+def test_every_public_name_is_listed():
+    assert {*llmreg._LATER, "linalg", "__version__"} == set(llmreg.__all__)
 
 
 def test_an_import_of_peft_that_fails_first_does_not_lose_the_registration(tmp_path, run_python):

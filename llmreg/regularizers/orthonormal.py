@@ -54,7 +54,8 @@ class OrthonormalRegularizer:
     name: ClassVar[str] = "orthonormal"
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.weight, int | float) and 0 <= self.weight < float("inf")):
+        number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
+        if not (number and 0 <= self.weight < float("inf")):
             raise UnsupportedError(f"weight must be a number >= 0, got {self.weight!r}.")
         if self.reduction not in ("mean", "sum"):
             raise UnsupportedError(f"reduction must be 'mean' or 'sum', got {self.reduction!r}.")

@@ -72,8 +72,8 @@ class RegularizerCallback(TrainerCallback):
             raise _no_orthonormal_factors()
         if given is None and not factors and not others:
             raise UnsupportedError(
-                "RegularizerCallback found no adapter with a regulariser; give the model one (SorsaConfig), or leave "
-                "the callback out."
+                "RegularizerCallback found no adapter with a regulariser; give it a list of them, or the model an "
+                "adapter that asks for some (SorsaConfig, BaLoraConfig), or leave the callback out."
             )
         self._factors = FactorTerms(factors, args)
         if others:

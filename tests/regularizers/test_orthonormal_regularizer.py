@@ -86,7 +86,9 @@ def test_the_condition_number_is_the_worst_factor_s():
     assert condition_number([torch.diag(torch.tensor([1.0, 0.0]))]) == float("inf")
 
 
-@pytest.mark.parametrize("settings", [{"weight": -1}, {"weight": "much"}, {"reduction": "max"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"weight": -1}, {"weight": "much"}, {"weight": True}, {"reduction": "max"}], ids=str
+)
 def test_settings_that_make_no_sense_are_refused(settings):
     with pytest.raises(UnsupportedError, match=next(iter(settings))):
         OrthonormalRegularizer(**settings)
