@@ -57,7 +57,7 @@ class _Tie(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, term: Tensor, fired: list[int]) -> Tensor:
         ctx.fired, ctx.term = fired, term.new_ones(())
-        return output.view_as(output)
+        return output.clone()  # trainers scale a loss in place
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
