@@ -276,7 +276,7 @@ def key(method: str, setting: float, seed: int) -> str:
     return f"{method} {setting:g} {seed}"
 
 
-def run_all(results: dict[str, Any], methods: Sequence[str], seeds: Sequence[int]) -> None:
+def run_all(results: dict[str, Any], methods: Sequence[str], rates: Sequence[float], seeds: Sequence[int]) -> None:
     """What is missing, seed by seed; the teacher of a seed is the one whose penalty is best for that seed."""
     base, tokenizer = whole(), AutoTokenizer.from_pretrained(MINILM)
     held_out = {split: Sentences(split, 0, base, tokenizer) for split in ("validation", "test")}
@@ -287,7 +287,7 @@ def run_all(results: dict[str, Any], methods: Sequence[str], seeds: Sequence[int
         teacher = upper(base, seed).requires_grad_(False).eval()
         teacher.classifier, _ = max(taught.values(), key=lambda one: one[1]["validation"]["macro F1"])
         for method in methods:
-            for rate in RATES:
+            for rate in rates:
                 label = key(method, rate, seed)
                 if label in results["runs"]:
                     continue
@@ -305,19 +305,15 @@ COLUMNS = ("dangerous recall", "faulty recall", "macro F1", "accuracy")
 
 
 def summary(results: dict[str, Any]) -> list[tuple[str, float, dict[str, list[float]]]]:
-    """Of each method its best setting, by the mean macro F1 of the validation rows, and each seed's test scores."""
+    """Of each method the best setting of those run with every seed, by the mean macro F1 of the validation rows, and
+    each seed's test scores."""
     runs, rows = results["runs"], []
     for method, settings in {TEACHER: PENALTIES, **dict.fromkeys(METHODS, RATES)}.items():
-        seeds = [seed for seed in SEEDS if all(key(method, setting, seed) in runs for setting in settings)]
-        if not seeds:
-            continue
-
-        def validated(setting: float, method: str = method, seeds: list[int] = seeds) -> float:
-            return statistics.mean(runs[key(method, setting, seed)]["validation"]["macro F1"] for seed in seeds)
-
-        best = max(settings, key=validated)
-        tested = [runs[key(method, best, seed)]["test"] for seed in seeds]
-        rows.append((method, best, {name: [one[name] for one in tested] for name in COLUMNS}))
+        of_seeds = {setting: [runs.get(key(method, setting, seed)) for seed in SEEDS] for setting in settings}
+        whole = {setting: found for setting, found in of_seeds.items() if all(found)}
+        if whole:
+            best = max(whole, key=lambda one: statistics.mean(run["validation"]["macro F1"] for run in whole[one]))
+            rows.append((method, best, {name: [run["test"][name] for run in whole[best]] for name in COLUMNS}))
     return rows
 
 
@@ -335,13 +331,14 @@ def cells(rows: list[tuple[str, float, dict[str, list[float]]]]) -> list[list[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--rates", nargs="+", type=float, choices=RATES, default=list(RATES))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--show", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     results = json.loads(RESULT.read_text()) if RESULT.is_file() else {"runs": {}}
     if not arguments.show:
-        run_all(results, arguments.methods, arguments.seeds)
+        run_all(results, arguments.methods, arguments.rates, arguments.seeds)
     title = f"{STEPS} steps on 432, 38 and 10 rows, test rows of equal classes, each at its best setting"
     print_table(title, ["method", "rate or penalty", *COLUMNS], cells(summary(results)))
 
