@@ -20,7 +20,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from divergence import TEXTS
 from first_steps import summary as first_steps_summary
-from imbalance import COLUMNS, SEEDS, cells
+from imbalance import COLUMNS, SEEDS
+from imbalance import cells as imbalance_cells
 from imbalance import summary as imbalance_summary
 from sweep import SCORES, SWEEPS, best_rate, kept_at, key, summaries
 
@@ -295,7 +296,7 @@ def first_steps_table() -> list[str]:
 def imbalance() -> list[str]:
     """Recall of a rare class, each method at its best setting."""
     rows = [f"| {len(SEEDS)} seeds | rate or penalty | {' | '.join(COLUMNS)} |", "|---|" + "---:|" * (len(COLUMNS) + 1)]
-    return rows + [f"| {' | '.join(row)} |" for row in cells(imbalance_summary(read("imbalance")))]
+    return rows + [f"| {' | '.join(row)} |" for row in imbalance_cells(imbalance_summary(read("imbalance")))]
 
 
 def balora_divergence() -> list[str]:
