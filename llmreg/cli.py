@@ -89,19 +89,22 @@ def methods(
     name: Annotated[str | None, typer.Argument(help="One method; all are listed without it.")] = None,
     as_json: Json = False,
 ) -> None:
-    """List the methods, or show one: what, when, when not, cost, defaults, paper, recipe."""
+    """List the methods and regularisers, or show one: what, when, when not, cost, defaults, paper, recipe."""
+    from . import tables
     from .methods import catalogue, get_method
+    from .terms import TERMS
 
     if name is None:
         rows = list(catalogue().values())
         if as_json:
-            _print_json([row.as_dict() for row in rows])
+            _print_json([row.as_dict() for row in rows] + [term.as_dict() for term in TERMS.values()])
         else:
-            _print(_method_list(rows))
+            _print(tables.method_list(rows))
+            _print(tables.term_list(TERMS.values()))
     elif as_json:
-        _print_json(get_method(name).as_dict())
+        _print_json((TERMS.get(name) or get_method(name)).as_dict())
     else:
-        _print(_method_page(get_method(name)))
+        _print(tables.term_page(TERMS[name]) if name in TERMS else tables.method_page(get_method(name)))
 
 
 @app.command()
@@ -365,31 +368,3 @@ def _print(*renderables: Any) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     for renderable in renderables:
         console.print(renderable, soft_wrap=isinstance(renderable, str))
-
-
-def _method_list(rows: list[Any]) -> Any:
-    from rich.table import Table
-
-    table = Table("method", "kind", "what it does", "paper")
-    for row in rows:
-        table.add_row(row.name, row.kind, row.what, f"arXiv {row.paper.arxiv}")
-    return table
-
-
-def _method_page(row: Any) -> Any:
-    from rich.table import Table
-
-    table = Table(title=f"{row.title} ({row.name})", title_justify="left", show_header=False)
-    table.add_column(style="bold")
-    table.add_column()
-    for label in ("what", "when", "when_not", "cost"):
-        table.add_row(label.replace("_", " "), getattr(row, label))
-    table.add_row("defaults", ", ".join(f"{key}: {value}" for key, value in row.defaults.items()))
-    table.add_row("needs", ", ".join(row.needs) or "nothing beyond the base install")
-    forms = [f"{row.saved_form} of rank {'r' if row.saved_rank == 1 else f'{row.saved_rank} r'}"]
-    forms += [f"{form} of rank r ({choice})" for choice, form in row.other_forms.items()]
-    table.add_row("saved as", " or ".join(forms))
-    table.add_row("paper", f"{row.paper.title}, arXiv {row.paper.arxiv}, section {row.paper.section}")
-    table.add_row("config", row.config.replace(":", "."))
-    table.add_row("recipe", row.recipe)
-    return table

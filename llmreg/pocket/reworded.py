@@ -1,8 +1,8 @@
 """The arithmetic of pretraining in words that pretraining did not use: a task with a signal for reinforcement learning.
 
-The pretrained model reads these phrasings right about one time in three, differently often for each (greedy, on the
-training operands: 72, 12, 33 and 34 %), so that some of several sampled answers are right and some are wrong. Word
-problems give no such signal: it solves none. Operands of validation and test occur in no training text.
+The pretrained model reads these phrasings right in part, each differently often (greedy, on training operands: 73, 71,
+42 and 33 %), so that some of several sampled answers are right and some are wrong. Word problems give no such signal:
+it solves none. Operands of validation and test occur in no training text.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["PHRASINGS", "SIZES", "reworded"]
 SIZES = {"train": 4000, "validation": 200, "test": 200}
 
 PHRASINGS: dict[str, tuple[str, str]] = {
-    "+": ("Answer: {a} plus {b} is", "{a} plus {b}? Answer:"),
+    "+": ("Answer: {a} plus {b} is", "The sum {a} plus {b} is"),
     "-": ("The difference of {a} and {b} is", "What is {a} less {b}? Answer:"),
 }
 

@@ -111,7 +111,7 @@ def preview(recipe: Recipe) -> Preview:
     with quiet():
         settled = plan(recipe)
         gpu = not settled.training.use_cpu
-        libraries = None if gpu else libraries_memory()
+        libraries = None if gpu else libraries_memory(task)
         labels, notes = _labels(recipe)
         with located(recipe, "model", "name"):
             model = outline(name_or_path(recipe), revision=recipe.model.revision, task=task, num_labels=labels)

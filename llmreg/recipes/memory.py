@@ -105,7 +105,7 @@ def estimate(
     """
     notes: list[str] = []
     if libraries is None:
-        libraries = _CUDA_CONTEXT if gpu else libraries_memory()
+        libraries = _CUDA_CONTEXT if gpu else libraries_memory(task)
     quantized = _quantized_layers(model) if quantization else frozenset()
     adapted = _typed(model, adapter_config, dtype, task, quantization)
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
@@ -133,11 +133,14 @@ def estimate(
     )
 
 
-def libraries_memory() -> int:
+def libraries_memory(task: Task = "sft") -> int:
     """Resident bytes of this process once everything that a training imports is in memory; call before any model."""
     import datasets  # noqa: F401
     import peft  # noqa: F401
     from trl import DPOTrainer, SFTTrainer  # noqa: F401
+
+    if task == "grpo":
+        from trl import GRPOTrainer  # noqa: F401
 
     # torch and MKL load much at the first product, the first backward pass and the first optimizer step only.
     weight = nn.Parameter(torch.zeros(64, 64))

@@ -39,8 +39,7 @@ def build_regularizers(recipe: Recipe, adapter: Any) -> list[Any]:
             raise recipe.error(place, f"{one.name} is listed twice; write it once.")
         _check(recipe, index, one, adapter)
         built.append(one)
-    if not built:
-        _check_asked(recipe, adapter)
+    _check_asked(recipe, adapter, built)
     return built
 
 
@@ -80,8 +79,7 @@ def _check(recipe: Recipe, index: int, one: Any, adapter: Any) -> None:
         raise recipe.error(place, f"{one.name} is about a classifier's logits here; write task: classification.")
     if classifies and needs & {"hidden", "log_probs"}:
         raise recipe.error(place, f"{one.name} is about next tokens, which a classifier has not; remove it.")
-    if "rows" in needs and (recipe.training.get("packing") or recipe.training.get("padding_free")):
-        raise recipe.error(place, f"{one.name} is a statistic of rows, and packing mixes documents in them; remove it.")
+    _check_training(recipe, one)
     if entry.teacher and not (classifies and "teacher" in needs):
         raise recipe.error(
             (*place, "teacher"), "only the consistency of a classifier takes a teacher; the base is it else; remove it."
@@ -112,9 +110,41 @@ def _has_factors(adapter: Any, one: Any) -> bool:
     return isinstance(adapter, AdditiveConfig) and bool(regularized_factors(adapter, one))
 
 
-def _check_asked(recipe: Recipe, adapter: Any) -> None:
+def _check_training(recipe: Recipe, one: Any) -> None:
+    """What a term and a field of `training` cannot be together, listed or asked for by the adapter."""
+    training = recipe.training
+    needs: frozenset[str] = getattr(one, "needs", frozenset())
+    packed = next((name for name in ("packing", "padding_free") if training.get(name)), None)
+    if "rows" in needs and packed:
+        raise recipe.error(
+            ("training", packed),
+            f"{one.name} is a statistic of rows, and packing mixes documents in them; write false.",
+        )
+    if training.get("fp16") and not getattr(one, "decoupled", False):
+        raise recipe.error(
+            ("training", "fp16"),
+            f"fp16 scales the loss, and the gradient of {one.name} is added to it; write bf16: true, or neither.",
+        )
+    if training.get("use_liger_kernel") and one.name != "orthonormal":
+        raise recipe.error(
+            ("training", "use_liger_kernel"),
+            f"Liger's fused loss passes by the output that {one.name} is of; remove it.",
+        )
+
+
+def _check_asked(recipe: Recipe, adapter: Any, built: list[Any]) -> None:
     """What the adapter's config asks for by itself."""
-    for one in getattr(adapter, "regularizers", list)():
+    asked: list[Any] = getattr(adapter, "regularizers", list)()
+    names = [one.name for one in built]
+    missing = [one.name for one in asked if one.name not in names]
+    if built and missing:
+        raise recipe.error(
+            ("regularizers",),
+            f"{recipe.adapter.method} asks for {', '.join(missing)} too, and this list takes the place of what it asks "
+            "for; list them, or write adapter.weights: null for none of its own.",
+        )
+    for one in asked if not built else ():
+        _check_training(recipe, one)
         if recipe.task == "classification" and "teacher" in getattr(one, "needs", ()):
             raise recipe.error(
                 ("adapter", one.name),

@@ -104,6 +104,7 @@ def report_of(
         steps=int(outcome.global_step),
         train_loss=_mean_loss(curve, float(outcome.training_loss)),
         losses=curve,
+        regularizers=_terms(trainer.state.log_history),
         trainable_parameters=trainable,
         total_parameters=total,
         adapter_bytes=(adapter / "adapter_model.safetensors").stat().st_size,
@@ -129,6 +130,17 @@ def _logged(line: dict[str, Any]) -> dict[str, float]:
     names = ("step", "loss", "learning_rate", "reward", "reward_std", "entropy", "kl", "completions/mean_length")
     kept = (*names, *(name for name in line if name.startswith("rewards/") and name.endswith("/mean")))
     return {name: float(line[name]) for name in kept if line.get(name) is not None}
+
+
+def _terms(history: list[dict[str, Any]]) -> dict[str, list[list[float]]] | None:
+    """What the regularisers logged, by name."""
+    prefix = "regularizer/"
+    terms: dict[str, list[list[float]]] = {}
+    for line in history:
+        for name, value in line.items():
+            if name.startswith(prefix):
+                terms.setdefault(name.removeprefix(prefix), []).append([float(line["step"]), float(value)])
+    return terms or None
 
 
 def _vectors(model: Any) -> dict[str, Any] | None:

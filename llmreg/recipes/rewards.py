@@ -96,27 +96,34 @@ def _imported(name: str) -> Callable[..., Any]:
             f"there is no reward {name!r}; {suggestion(name, BUILT_IN)} A function of your own is written "
             "package.module:function."
         )
+    if not module_name or not attribute or module_name.startswith("."):
+        raise RecipeError(f"{name!r} is no path of a function; write package.module:function.")
     try:
-        function = getattr(importlib.import_module(module_name), attribute)
-    except ImportError as error:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever the module does when it is imported
+        reason = str(error) if isinstance(error, ModuleNotFoundError) else f"{type(error).__name__}: {error}"
         raise RecipeError(
-            f"the reward {name} cannot be imported ({error}); install its package, or put its folder on PYTHONPATH."
+            f"the reward {name} cannot be imported ({reason}); install its package, or put its folder on PYTHONPATH."
         ) from None
-    except ValueError:
-        raise RecipeError(f"{name!r} is no path of a function; write package.module:function.") from None
-    except AttributeError:
-        known = [key for key, value in vars(importlib.import_module(module_name)).items() if inspect.isfunction(value)]
+    function = getattr(module, attribute, None)
+    if function is None:
+        known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         hint = f"; {suggestion(attribute, known)}" if known else "."
-        raise RecipeError(f"the module {module_name} has no {attribute!r}{hint}") from None
-    kinds = (
-        [parameter.kind for parameter in inspect.signature(function).parameters.values()] if callable(function) else []
-    )
-    if inspect.Parameter.VAR_KEYWORD not in kinds:
+        raise RecipeError(f"the module {module_name} has no {attribute!r}{hint}")
+    if not callable(function) or not _takes_columns(function):
         raise RecipeError(
             f"{name} is no reward function; write one that takes (prompts, completions, **columns) and returns a "
             "number or None for each completion."
         )
     return function
+
+
+def _takes_columns(function: Callable[..., Any]) -> bool:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some of C
+        return False
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def _checked(function: Callable[..., Any], name: str, recipe: Recipe, index: int) -> Callable[..., Any]:

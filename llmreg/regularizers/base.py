@@ -11,13 +11,13 @@ import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from torch import Tensor
 
 from ..errors import RecipeError
 
-__all__ = ["SCHEDULES", "Context", "Head", "Need", "Regularizer", "check_weight", "schedule_factor"]
+__all__ = ["SCHEDULES", "Context", "Head", "Need", "Regularizer", "check_term", "check_weight", "schedule_factor"]
 
 #: `hidden`: the inputs of the language-model head at scored positions. `teacher`: the same of the base without its
 #: adapters (of logits where the task is classification). `log_probs`: of the labels. `logits`: of a classifier.
@@ -56,6 +56,7 @@ class Context:
         head: what makes logits of hidden states; teacher_head where it is another.
         logits: (batch, classes) of a classifier, with gradients; teacher_logits without.
         model: the model that is trained, for terms on its parameters.
+        loss_from: the output that the trainer's loss is taken from: "log_probs" (TRL), "loss" or "logits".
         advantages: (n,). old_log_probs: (n,) of the policy that sampled; None: the current policy is that.
         extra: what a regulariser's own trainer side prepared, (n,) each, by name.
         log: numbers to be logged beside the term, by their full key; the regulariser fills it.
@@ -74,6 +75,7 @@ class Context:
     advantages: Tensor | None = None
     old_log_probs: Tensor | None = None
     model: Any = None
+    loss_from: str | None = None
     extra: dict[str, Tensor] = field(default_factory=dict)
     log: dict[str, float | Tensor] = field(default_factory=dict)
 
@@ -97,7 +99,7 @@ class Regularizer(Protocol):
     reduction: Literal["tokens", "batch"]
 
     def loss(self, context: Context) -> Tensor:
-        """The term, a scalar with gradients, without its weight."""
+        """The term, a scalar with gradients, without its weight; finite where no token is scored, too."""
         ...
 
 
@@ -134,3 +136,13 @@ def check_weight(regularizer: Any) -> None:
         near = difflib.get_close_matches(str(schedule), SCHEDULES, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(SCHEDULES)}."
         raise RecipeError(f"{regularizer.name}: schedule {schedule!r} is unknown; {hint}")
+
+
+def check_term(regularizer: Any) -> None:
+    """Raises RecipeError where a regulariser of anybody's does not hold to `Regularizer`."""
+    check_weight(regularizer)
+    for need in regularizer.needs:
+        if need not in get_args(Need):
+            raise RecipeError(f"{regularizer.name}: it needs {need!r}; known are {', '.join(get_args(Need))}.")
+    if regularizer.reduction not in ("tokens", "batch"):
+        raise RecipeError(f"{regularizer.name}: reduction must be 'tokens' or 'batch', got {regularizer.reduction!r}.")

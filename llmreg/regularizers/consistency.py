@@ -65,7 +65,9 @@ class ConsistencyRegularizer(BaLoraTerm):
 
     @property
     def needs(self) -> frozenset[Need]:
-        return super().needs | {"teacher"}
+        """ "v1" divides by the number of sequences."""
+        needs: set[Need] = {"teacher", "rows"} if self.variant == "v1" and self.task != "nlu" else {"teacher"}
+        return super().needs | needs
 
     @property
     def reduction(self) -> Literal["tokens", "batch"]:

@@ -27,7 +27,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..errors import LlmregWarning, UnsupportedError
 from ..linalg import truncated_svd
 from .balora import BaLoraTerm, at_least_float32, check_count, nothing
-from .base import Context, Head
+from .base import Context, Head, Need
 
 __all__ = ["SingularValueRegularizer", "head_root"]
 
@@ -65,6 +65,12 @@ class SingularValueRegularizer(BaLoraTerm):
     def _paper(self) -> dict[str, Any]:
         k = 3 if self.variant == "v1" else 5 if self.task == "nlu" else 10
         return {**super()._paper(), "k": k}
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """ "v1" has one row of logits for each sequence."""
+        needs: set[Need] = {"rows"} if self.variant == "v1" and self.task != "nlu" else set()
+        return super().needs | needs
 
     def loss(self, context: Context) -> Tensor:
         """`L_SVDR`, a scalar with gradients; 0 for fewer than two rows.

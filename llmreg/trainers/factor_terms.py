@@ -8,6 +8,7 @@ averaged over ranks and clipped. Either way it acts once a step, whatever the ac
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from ..errors import UnsupportedError
 from ..regularizers import OrthonormalRegularizer
 from ..regularizers.orthonormal import condition_number
 from ..weights import is_sharded
+from .model_parts import active_configs
 
 __all__ = ["FactorTerm", "FactorTerms", "marked_layers", "orthonormal_terms", "regularized_factors"]
 
@@ -65,6 +67,7 @@ class FactorTerms:
         self.terms = list(terms)
         self._hooks: list[Any] = []
         self._added: set[int] = set()
+        self._suspended = False
         self._directions: list[tuple[FactorTerm, nn.Parameter, Tensor]] = []
         for term in self.terms:
             _check(term, args)
@@ -73,6 +76,15 @@ class FactorTerms:
 
     def begin_step(self) -> None:
         self._added.clear()
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Gradients that are taken in this context are not the loss's; hooks of parameters fire for them too."""
+        self._suspended = True
+        try:
+            yield
+        finally:
+            self._suspended = False
 
     @torch.no_grad()
     def before_optimizer_step(self, step: int) -> None:
@@ -125,7 +137,8 @@ class FactorTerms:
 
     def _hook(self, term: FactorTerm, factor: TrainedFactor) -> Any:
         def add(gradient: Tensor) -> Tensor:
-            if not GradientState().sync_gradients or id(factor.parameter) in self._added:
+            added = id(factor.parameter) in self._added
+            if added or self._suspended or not GradientState().sync_gradients:
                 return gradient
             self._added.add(id(factor.parameter))
             return gradient + term.regularizer.weight * term.gradient(factor).to(gradient.dtype)
@@ -134,8 +147,8 @@ class FactorTerms:
 
 
 def orthonormal_terms(model: Any, given: Sequence[OrthonormalRegularizer] | None) -> Iterator[FactorTerm]:
-    """`given` on every adapter that has such factors; None: what each adapter's config asks for."""
-    for name, config in getattr(model, "peft_config", {}).items():
+    """`given` on every active adapter that has such factors; None: what each adapter's config asks for."""
+    for name, config in active_configs(model).items():
         if not isinstance(config, AdditiveConfig):
             continue
         layers: list[Any] = [m for m in model.modules() if isinstance(m, AdditiveLayer) and m.form(name)]
@@ -143,7 +156,7 @@ def orthonormal_terms(model: Any, given: Sequence[OrthonormalRegularizer] | None
         for regularizer in asked if given is None else given:
             names = regularized_factors(config, regularizer)
             factors = [one for layer in layers for one in _factors(layer, name, names, regularizer)]
-            if factors or (names and name in model.active_adapters):
+            if names:
                 yield FactorTerm(regularizer, name, layers, factors)
 
 
@@ -169,16 +182,15 @@ def _factors(
             yield TrainedFactor(parameter, rows, target)
 
 
-def marked_layers(model: Any, terms: Sequence[FactorTerm]) -> list[tuple[Any, str]]:
-    """Layers with an adapter that refuses to train until its regularisers act, which they do now."""
-    of_terms = [(layer, term.adapter) for term in terms for layer in term.layers]
-    asking = [name for name, config in getattr(model, "peft_config", {}).items() if _asks(config)]
+def marked_layers(model: Any) -> list[tuple[Any, str]]:
+    """Layers with an adapter that refuses to train until the regularisers that its config asks for act."""
+    asking = [name for name, config in active_configs(model).items() if _asks(config)]
     layers = [module for module in model.modules() if isinstance(module, AdditiveLayer)]
-    return of_terms + [(layer, name) for layer in layers for name in asking if layer.form(name)]
+    return [(layer, name) for layer in layers for name in asking if layer.form(name)]
 
 
 def _asks(config: Any) -> bool:
-    return isinstance(config, AdditiveConfig) and config.needs_regularizer() and not FORMS[config.form()].orthonormal
+    return isinstance(config, AdditiveConfig) and config.needs_regularizer()
 
 
 def _check(term: FactorTerm, args: Any) -> None:

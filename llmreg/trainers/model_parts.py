@@ -7,16 +7,35 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from ..errors import UnsupportedError
 from ..regularizers.base import Head
 
-__all__ = ["backbone_of", "evaluating", "has_head", "head_of", "without_adapters"]
+__all__ = [
+    "active_configs",
+    "backbone_of",
+    "check_next_tokens",
+    "check_teacher",
+    "evaluating",
+    "has_head",
+    "head_of",
+    "recomputes_in_backward",
+    "without_adapters",
+]
 
 
 def _base(model: Any) -> Any:
     get_base_model = getattr(model, "get_base_model", None)
     return get_base_model() if callable(get_base_model) else model
+
+
+def active_configs(model: Any) -> dict[str, Any]:
+    """The configs of the adapters that are switched on, by name; TRL keeps a frozen copy beside them as reference."""
+    configs = getattr(model, "peft_config", None) or {}
+    active = getattr(model, "active_adapters", ())
+    names = active() if callable(active) else active  # a method where transformers put the adapter in itself
+    return {name: configs[name] for name in names if name in configs}
 
 
 def backbone_of(model: nn.Module) -> nn.Module | None:
@@ -68,18 +87,74 @@ def _logit_scale(config: Any) -> float:
     return 1.0
 
 
-@contextmanager
-def without_adapters(model: Any) -> Iterator[None]:
-    """The base alone; flags that PEFT sets when it switches adapters on again come back.
+def check_next_tokens(model: nn.Module, names: str) -> None:
+    """Refuse terms on next tokens where a label is not about the token after its position.
 
     Raises:
-        UnsupportedError: there is no adapter, so nothing else would be left.
+        UnsupportedError: a classifier, a masked language model, or an encoder with a decoder.
+    """
+    base = _base(model)
+    if not has_head(model):
+        raise UnsupportedError(
+            f"{type(base).__name__} has no language-model head, and the regularisers {names} are about next tokens; "
+            "for a classifier's write task='nlu', or task_type='SEQ_CLS' in the adapter's config."
+        )
+    loss = LOSS_MAPPING.get(getattr(base, "loss_type", None), ForCausalLMLoss)
+    if loss is not ForCausalLMLoss or getattr(base.config, "is_encoder_decoder", False):
+        raise UnsupportedError(
+            f"{type(base).__name__} does not predict the token after each position, which the regularisers {names} are "
+            "about; use a causal language model."
+        )
+
+
+def check_teacher(model: Any) -> None:
+    """Refuse a teacher that would not be the base as it was: what is left when adapters are switched off.
+
+    Raises:
+        UnsupportedError: there is no adapter, its start changed the base, it is a prompt (which stays in the inputs),
+            or parameters of the base are trained beside it.
     """
     if not hasattr(model, "disable_adapter"):
         raise UnsupportedError(
             "The teacher is the base without its adapter, and this model has no adapter: all of it is trained; wrap it "
             "with one (peft.get_peft_model), or leave the consistency regulariser out."
         )
+    for name, config in active_configs(model).items():
+        why = _why_no_base(config)
+        if why:
+            raise UnsupportedError(
+                f"The consistency regulariser's teacher is the base without adapter {name!r}, and {why}; or leave the "
+                "regulariser out."
+            )
+    kept = (getattr(model.base_model, "prefix", "") or "lora_", "modules_to_save", "trainable_tokens_")
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and not any(k in name for k in kept)]
+    if trained:
+        raise UnsupportedError(
+            f"The consistency regulariser's teacher is the base, and {len(trained)} parameters of the base are trained "
+            f"({trained[0]}); freeze them (requires_grad_(False), bias='none'), or leave the regulariser out."
+        )
+
+
+def _why_no_base(config: Any) -> str:
+    start = getattr(config, "init_lora_weights", True)
+    if getattr(config, "is_prompt_learning", False):
+        return "its prompt stays in the inputs; use an adapter on layers"
+    if isinstance(start, str) and start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        return f"init_lora_weights={start!r} has changed the base; use one of llmreg's configs, such as PissaConfig"
+    if getattr(config, "residual", None) == "quantized":
+        return "residual='quantized' has changed the base; write residual='difference'"
+    return ""
+
+
+def recomputes_in_backward(model: nn.Module) -> bool:
+    """Whether layers are checkpointed reentrantly: then no graph leads from outputs to parameters before backward."""
+    calls = [getattr(module, "_gradient_checkpointing_func", None) for module in model.modules()]
+    return any(getattr(call, "keywords", {}).get("use_reentrant", False) for call in calls)
+
+
+@contextmanager
+def without_adapters(model: Any) -> Iterator[None]:
+    """The base alone; flags that PEFT sets when it switches adapters on again come back."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         with model.disable_adapter():

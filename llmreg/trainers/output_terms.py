@@ -11,7 +11,8 @@ the trainer tells how many there are (`llmreg.trainers`), else of micro-batches,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +21,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
-from ..regularizers.base import Context, Regularizer, schedule_factor
+from ..regularizers.base import Context, Head, Regularizer, schedule_factor
 from ..regularizers.vocabulary import token_statistics
-from .model_parts import backbone_of, evaluating, has_head, head_of, without_adapters
+from .model_parts import (
+    backbone_of,
+    check_next_tokens,
+    check_teacher,
+    evaluating,
+    has_head,
+    head_of,
+    recomputes_in_backward,
+    without_adapters,
+)
 
 __all__ = ["Batch", "OutputTerms"]
 
@@ -72,28 +82,37 @@ class OutputTerms:
         model: the wrapped model, not the parallel wrapper around it.
         temperature: that the trainer's log-probabilities are taken at.
         teacher: a model for classification, with a trained head; None: none.
+        probing: entered while gradients are taken only to be looked at.
 
     Raises:
         UnsupportedError: the model cannot give what a regulariser needs.
     """
 
     def __init__(
-        self, model: nn.Module, regularizers: Sequence[Regularizer], *, temperature: float = 1.0, teacher: Any = None
+        self,
+        model: nn.Module,
+        regularizers: Sequence[Regularizer],
+        *,
+        temperature: float = 1.0,
+        teacher: Any = None,
+        probing: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         task = "nlg" if has_head(model) else "nlu"
         self.regularizers = [one.for_task(task) if hasattr(one, "for_task") else one for one in regularizers]
-        self.model, self.teacher = model, teacher
+        self.model = model
+        self.teacher = None if teacher is None else teacher.to(next(model.parameters()).device)
         self.batch: Batch | None = None
         self.progress, self.window = 0.0, 1
-        self._temperature = temperature
+        self._temperature, self._probing = temperature, probing
         self._backbone_call: tuple[Any, tuple, dict] | None = None
         self._hidden: Tensor | None = None
-        self._tied = 0
+        self._tied, self._expected = 0, 1
         self._fired: list[int] = []
         self._verified: set[str] = set()
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._weights: dict[str, float] = {}
+        self._check_model()
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True),
@@ -101,6 +120,13 @@ class OutputTerms:
         backbone = backbone_of(model)
         if backbone is not None and any(one.needs & {"hidden", "teacher", "log_probs"} for one in self.regularizers):
             self._handles.append(backbone.register_forward_hook(self._keep_hidden, with_kwargs=True))
+
+    def _check_model(self) -> None:
+        needs = frozenset[str]().union(*(one.needs for one in self.regularizers))
+        if "logits" not in needs and needs & _SCORED:
+            check_next_tokens(self.model, self._names())
+            if "teacher" in needs:
+                check_teacher(self.model)
 
     def remove(self) -> None:
         while self._handles:
@@ -126,19 +152,25 @@ class OutputTerms:
                 f"At step {step} the loss reached {len(self._fired)} of {self._tied} outputs that the regularisers "
                 f"{self._names()} were tied to; this trainer takes its loss from another output."
             )
+        if self._tied and self._tied != self._expected:
+            raise UnsupportedError(
+                f"At step {step} the model ran {self._tied} training forward passes in a window of {self._expected} "
+                f"micro-batches, so the regularisers {self._names()} would count {self._tied / self._expected:g} times "
+                "what their weights say; use a trainer that runs the model once for each micro-batch."
+            )
 
     def values(self) -> dict[str, float]:
         """Means over the micro-batches since the last call, and over processes; the weights as they are now."""
-        values = {}
-        for name in sorted(self._sums):
-            mean = self._sums[name] / self._counts[name]
-            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-                mean = mean.detach().clone()
-                dist.all_reduce(mean)
-                mean /= dist.get_world_size()
-            values[name] = float(mean)
+        means = {name: float(self._sums[name] / self._counts[name]) for name in self._sums}
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            # By name: a term may log what not every process came to, such as where one had no scored token.
+            of_all: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(of_all, means)
+            names = {name: None for found in of_all for name in found}
+            values = {name: [found[name] for found in of_all if name in found] for name in names}
+            means = {name: sum(found) / len(found) for name, found in values.items()}
         self._sums, self._counts = {}, {}
-        return {**values, **self._weights}
+        return {**means, **self._weights}
 
     # -- the forward pass -------------------------------------------------------------------------------------------
 
@@ -172,17 +204,18 @@ class OutputTerms:
         if not carriers or not getattr(output, carriers[0]).requires_grad:
             return output
         context = self._context(acting, kwargs, output)
+        context.loss_from = carriers[0]
         total = None
         for one, weight in acting:
             value = one.loss(context)
             if one.name not in self._verified:
-                self._verify(one, value)
+                self._verify(one, value, context)
             self._add(f"regularizer/{one.name}", value)
             part = weight * self._share(one, context) * value
             total = part if total is None else total + part
         for key, logged in context.log.items():
             self._add(key, logged)
-        self._tied += 1
+        self._tied, self._expected = self._tied + 1, self.window if self.batch is None else self.batch.window
         setattr(output, carriers[0], _Tie.apply(getattr(output, carriers[0]), total, self._fired))
         return output
 
@@ -198,13 +231,17 @@ class OutputTerms:
         self._sums[key] = self._sums[key] + value if key in self._sums else value
         self._counts[key] = self._counts.get(key, 0) + 1
 
-    def _verify(self, one: Regularizer, value: Tensor) -> None:
+    def _verify(self, one: Regularizer, value: Tensor, context: Context) -> None:
         """Where a term first acts it must depend on a trainable parameter."""
         self._verified.add(one.name)
-        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        inputs: list[Tensor] = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        if recomputes_in_backward(self.model):  # what the layers put out stands for their parameters
+            offered = (context.hidden, context.log_probs, context.logits)
+            inputs += [tensor for tensor in offered if tensor is not None and tensor.requires_grad]
         found: Sequence[Tensor | None] = ()
         if value.requires_grad:
-            found = torch.autograd.grad(value, trainable, retain_graph=True, allow_unused=True)
+            with self._probing():
+                found = torch.autograd.grad(value, inputs, retain_graph=True, allow_unused=True)
         if all(gradient is None for gradient in found):
             raise UnsupportedError(
                 f"The regulariser {one.name!r} reaches no trainable parameter, so its weight {one.weight} would do "
@@ -228,7 +265,12 @@ class OutputTerms:
         return context
 
     def _classify(self, context: Context, needs: frozenset[str], kwargs: dict, output: Any) -> None:
-        context.logits = output.logits
+        logits = context.logits = output.logits
+        if logits.dim() != 2 or logits.shape[1] < 2:
+            raise UnsupportedError(
+                f"The regularisers {self._names()} are about a classifier's logits, (batch, classes) with at least two "
+                f"classes, and {type(self.model).__name__} puts out {tuple(logits.shape)}; leave them out."
+            )
         if "teacher" not in needs:
             return
         if self.teacher is None:
@@ -238,7 +280,12 @@ class OutputTerms:
             )
         inputs = {key: value for key, value in kwargs.items() if key != "labels"}
         with torch.no_grad(), evaluating(self.teacher):
-            context.teacher_logits = self.teacher(**inputs).logits.to(output.logits.device)
+            teacher_logits = context.teacher_logits = self.teacher(**inputs).logits.to(logits.device)
+        if teacher_logits.shape != logits.shape:
+            raise UnsupportedError(
+                f"The teacher puts out {teacher_logits.shape[1]} classes and the model {logits.shape[1]}; give a "
+                "teacher of the same classes, in the same order."
+            )
 
     def _score(self, context: Context, needs: frozenset[str], kwargs: dict, output: Any) -> None:
         """Fill in everything that is per scored token."""
@@ -255,7 +302,8 @@ class OutputTerms:
             context.head = head_of(self.model, self._temperature)
             context.hidden = self._at(self._hidden, first, mask)
         if "teacher" in needs:
-            context.teacher_hidden, context.teacher_head = self._at(self._teach(), first, mask), context.head
+            teacher_hidden, context.teacher_head = self._teach()
+            context.teacher_hidden = self._at(teacher_hidden, first, mask)
         if getattr(output, "log_probs", None) is not None:
             width = mask.shape[1]  # prompt learning puts virtual tokens in front
             context.log_probs = output.log_probs[:, -width:][mask]
@@ -291,13 +339,14 @@ class OutputTerms:
         for name, values in (batch.extra or {}).items():
             context.extra[name] = _beside(values, mask)[mask]
 
-    def _teach(self) -> Tensor | None:
-        """The base's hidden states on the same inputs; its head is the student's, which no adapter may touch."""
+    def _teach(self) -> tuple[Tensor | None, Head | None]:
+        """The base's hidden states on the same inputs, and its head: another where modules_to_save trains the head."""
         if self._backbone_call is None:
-            return None
+            return None, None
         backbone, args, kwargs = self._backbone_call
         with torch.no_grad(), without_adapters(self.model), evaluating(backbone):
-            return _last_hidden(backbone(*args, **{**kwargs, "use_cache": False}))
+            hidden = _last_hidden(backbone(*args, **{**kwargs, "use_cache": False}))
+            return hidden, head_of(self.model, self._temperature)
 
 
 def _last_hidden(output: Any) -> Tensor:
@@ -312,7 +361,7 @@ def _scored(kwargs: Mapping[str, Any], output: Any) -> tuple[Tensor, Tensor, int
     if labels is None:
         raise UnsupportedError(
             "The model was called without labels, which say the tokens that a regulariser is about; use a trainer that "
-            "passes them (TRL's do)."
+            "passes them: TRL's do, unless label_smoothing_factor or compute_loss_func is set."
         )
     labels = labels[:, 1:]
     return labels, labels != _IGNORED, 1

@@ -15,12 +15,14 @@ from typing import Any
 import trl
 
 from ..adapters.data_start import waiting_adapters
+from ..errors import RecipeError
 from ..regularizers import LowProbabilityRegularizer
 from ..regularizers.low_probability import PROXY, THRESHOLD
 from .callback import RegularizerCallback
 from .hardness import HardnessWeighting
 from .initialize import InitializationReport, initialize
 from .low_probability import LowProbabilityPreparation, check_grpo
+from .model_parts import active_configs
 from .output_terms import Batch
 from .prompt_order import with_epochs
 
@@ -31,7 +33,8 @@ class _Prepared:
     """Mixin in front of a TRL trainer.
 
     Args:
-        regularizers: applied as by `RegularizerCallback(regularizers)`; None: those that the adapters' configs ask for.
+        regularizers: applied as by `RegularizerCallback(regularizers)`; None: those that the adapters' configs ask for,
+            or those of a `RegularizerCallback` among `callbacks`.
         calibration_dataset: rows in TRL's formats for adapters that start from data; None: the training set.
         calibration: further arguments of `llmreg.initialize`, such as `{"samples": 64, "memory_budget": 2**30}`.
 
@@ -51,24 +54,55 @@ class _Prepared:
     ) -> None:
         super().__init__(*args, **kwargs)
         self._calibration = {"calibration_dataset": calibration_dataset, **(calibration or {})}
-        callbacks = self.callback_handler.callbacks
-        asked = regularizers is not None or any(
-            getattr(config, "needs_regularizer", bool)() for config in getattr(self.model, "peft_config", {}).values()
-        )
-        self._regularizer_callback = next((one for one in callbacks if isinstance(one, RegularizerCallback)), None)
-        if asked and self._regularizer_callback is None:
+        if regularizers is not None:
             self.use_regularizers(RegularizerCallback(regularizers))
+        elif self._regularizer_callback is not None:
+            self._check_regularizers(self._regularizer_callback)
 
     def use_regularizers(self: Any, callback: RegularizerCallback) -> None:
-        """Apply this callback's regularisers, before trackers, which get what it logs."""
-        self._regularizer_callback = callback
+        """Apply this callback's regularisers, before trackers, which get what it logs.
+
+        Raises:
+            RecipeError: the trainer has regularisers already.
+        """
+        if self._regularizer_callback is not None:
+            raise RecipeError(
+                "The trainer has regularisers already, from regularizers= or a RegularizerCallback; give all of them "
+                "in one list."
+            )
+        self._check_regularizers(callback)
         self.callback_handler.callbacks.insert(0, callback)
+
+    def add_callback(self: Any, callback: Any) -> None:
+        """As in TRL; a `RegularizerCallback` is used as `regularizers=` are."""
+        if callback is RegularizerCallback:
+            callback = RegularizerCallback()
+        if isinstance(callback, RegularizerCallback):
+            self.use_regularizers(callback)
+        else:
+            super().add_callback(callback)  # type: ignore[misc]
+
+    def _check_regularizers(self, callback: RegularizerCallback) -> None:
+        """Refuse what could not act beside this trainer's loss."""
+
+    @property
+    def _regularizer_callback(self: Any) -> RegularizerCallback | None:
+        callbacks = self.callback_handler.callbacks
+        return next((one for one in callbacks if isinstance(one, RegularizerCallback)), None)
 
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
         """As in TRL, after the adapters that wait for data were given their start."""
         if waiting_adapters(self.model):
             self.initialization = initialize(self, **self._calibration)
-        return super().train(*args, **kwargs)  # type: ignore[misc]
+        configs = active_configs(self.model).values()
+        asked = any(getattr(config, "needs_regularizer", bool)() for config in configs)
+        if asked and self._regularizer_callback is None:
+            self.use_regularizers(RegularizerCallback())
+        try:
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            if self._regularizer_callback is not None:
+                self._regularizer_callback.end()  # where training was interrupted too
 
     def compute_loss(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As in TRL; the regularisers learn what the micro-batch is a part of."""
@@ -126,14 +160,13 @@ class GRPOTrainer(_Prepared, HardnessWeighting, LowProbabilityPreparation, trl.G
             extra={name: inputs[name] for name in (THRESHOLD, PROXY) if name in inputs},
         )
 
-    def use_regularizers(self, callback: RegularizerCallback) -> None:
+    def _check_regularizers(self, callback: RegularizerCallback) -> None:
         if any(isinstance(one, LowProbabilityRegularizer) for one in callback.given or ()):
             check_grpo(self.args)
-        super().use_regularizers(callback)
 
     @property
     def _regularizers(self) -> Sequence[Any]:
-        callback = getattr(self, "_regularizer_callback", None)
+        callback = self._regularizer_callback
         return () if callback is None else callback.given or ()
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:

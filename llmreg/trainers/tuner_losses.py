@@ -27,14 +27,16 @@ class TunerRegularizer:
         weight: on top of the coefficients in the adapters' configs.
 
     Raises:
-        RecipeError: a weight that is no number >= 0. UnsupportedError: at the first step, no adapter has such a loss.
+        RecipeError: a weight that is no number >= 0.
+        UnsupportedError: at the first step, no adapter has such a loss, or the trainer takes the model's own loss, to
+            which AdaLoRA has added it.
     """
 
     weight: float = 1.0
     schedule: str = "constant"
 
     name: ClassVar[str] = "tuner"
-    needs: ClassVar[frozenset[Need]] = frozenset({"model", "log_probs"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"model"})
     reduction: ClassVar[Literal["tokens", "batch"]] = "batch"
 
     def __post_init__(self) -> None:
@@ -43,6 +45,11 @@ class TunerRegularizer:
     def loss(self, context: Context) -> Tensor:
         """The sum of what the adapters ask for, a scalar."""
         tuner = getattr(context.model, "base_model", None)
+        if context.loss_from == "loss" and _adalora(tuner):
+            raise UnsupportedError(
+                "AdaLoRA adds its term to the model's own loss, which this trainer takes (TRL's do not), so the tuner "
+                "regulariser would add it again; leave it out."
+            )
         terms = [term for compute in _LOSSES if isinstance(term := compute(tuner), Tensor)]
         if not terms:
             raise UnsupportedError(

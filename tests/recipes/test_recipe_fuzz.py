@@ -15,11 +15,13 @@ from llmreg.errors import RecipeError
 from llmreg.recipes import load_recipe, plan
 
 BASE = yaml.safe_load(VALID.replace("OUTPUT", "runs/never-made"))
+GRPO = {**BASE, "task": "grpo", "rewards": ["exact_match"]}
 KEYS = sorted(
     {*BASE, *(key for section in BASE.values() if isinstance(section, dict) for key in section)}
     | set("rank_pattern alpha_pattern lora_dropout lora_alpha bias optim warmup_steps fsdp deepspeed packing".split())
     | set("include task max_length beta test split config save_strategy resume_from_checkpoint".split())
     | set("revision dtype quantization heldout limit columns serve rank svd oversample seed report_to".split())
+    | set("rewards weight pattern num_generations steps_per_generation beta loss_type temperature".split())
 )
 SCALARS = (
     st.none()
@@ -30,7 +32,18 @@ SCALARS = (
     | st.text(max_size=8)
     | st.sampled_from([*KEYS, "all-linear", "pocket", "lora", "nf4", "vllm", "steps", "1e-3", ".inf", "~", "<<"])
     | st.sampled_from(
-        ["dpo", "classification", "${HOME}", "${LLMREG_GONE}", "${A:-b}", "recipe.yaml", "pocket/preferences"]
+        [
+            "dpo",
+            "classification",
+            "grpo",
+            "exact_match",
+            "a.b:c",
+            "${HOME}",
+            "${LLMREG_GONE}",
+            "${A:-b}",
+            "recipe.yaml",
+            "pocket/preferences",
+        ]
     )
 )
 VALUES = st.recursive(
@@ -46,9 +59,9 @@ PATHS = st.lists(st.sampled_from(KEYS), min_size=1, max_size=3)
 @st.composite
 def changed_recipes(draw) -> str:
     """The valid recipe with some places set to anything."""
-    values = copy.deepcopy(BASE)
+    values = copy.deepcopy(draw(st.sampled_from([BASE, GRPO])))
     for section, key, value in draw(
-        st.lists(st.tuples(st.sampled_from(sorted(BASE)), st.sampled_from(KEYS), VALUES), min_size=1, max_size=3)
+        st.lists(st.tuples(st.sampled_from(sorted(GRPO)), st.sampled_from(KEYS), VALUES), min_size=1, max_size=3)
     ):
         inner = values.get(section)
         if isinstance(inner, dict) and draw(st.booleans() | st.just(True)):

@@ -16,6 +16,7 @@ from llmreg.errors import RecipeError
 from llmreg.recipes import dry_run, evaluate, load_recipe, make_recipe, plan, preview, run
 from llmreg.recipes.data import load_training_data, scoring_rows
 from llmreg.recipes.reinforcement import steps_of_a_generation
+from llmreg.recipes.resuming import Checkpoints, differences
 from llmreg.recipes.rewards import reward_functions
 from llmreg.trainers.prompt_order import with_epochs
 
@@ -113,6 +114,17 @@ def test_a_run_resumed_in_a_later_epoch_ends_with_the_same_bits(tmp_path, jsonl,
     assert again.losses == whole.losses
 
 
+def test_sigterm_waits_for_the_last_step_on_a_batch_of_completions(tmp_path):
+    from transformers import TrainerControl, TrainerState
+
+    checkpoints = Checkpoints(recipe(tmp_path / "out"), every=3)
+    checkpoints.stopped = True
+    for step, stops in ((1, False), (2, False), (3, True)):
+        control = TrainerControl()
+        checkpoints.on_step_end(types.SimpleNamespace(output_dir=tmp_path), TrainerState(global_step=step), control)
+        assert (control.should_training_stop, control.should_save) == (stops, stops)
+
+
 def test_the_order_of_prompts_is_trls_in_every_epoch():
     from trl.trainer.utils import RepeatSampler
 
@@ -134,7 +146,7 @@ def test_the_recipe_learns_what_it_was_not_taught_and_forgets_nothing(tmp_path):
     report = run(load_recipe(RECIPE, [f"output.dir={tmp_path / 'out'}"]))
     task, *kept = report.measurements
     assert task.after > task.before + 0.2
-    assert all(row.after > 0.95 * row.before for row in kept if row.metric == "exact match")
+    assert all(row.after > 0.9 * row.before for row in kept if row.metric == "exact match")
 
 
 # -- data -------------------------------------------------------------------------------------------------------
@@ -207,6 +219,20 @@ def test_conversations_need_a_chat_template(tmp_path, jsonl):
     assert not (tmp_path / "out").exists()
 
 
+def test_conversations_are_answered_and_judged(tmp_path, jsonl):
+    from llmreg import pocket
+
+    tokenizer = pocket.load_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    for part in (pocket.load_model(), tokenizer):
+        part.save_pretrained(tmp_path / "chat")
+    rows = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in sums()]
+    both = "rewards=[exact_match, pocket_arithmetic]"
+    settings = [f"model.name={tmp_path / 'chat'}", f"data={{train: {jsonl(rows)}}}", both, "evaluation={}"]
+    line = run(recipe(tmp_path / "out", *settings, "training.max_steps=1")).losses[0]
+    assert line["rewards/exact_match/mean"] == line["rewards/pocket_arithmetic/mean"] > 0
+
+
 # -- rewards ----------------------------------------------------------------------------------------------------
 
 GRPO = VALID.replace("task: sft", "task: grpo\nrewards: [exact_match]")
@@ -264,6 +290,8 @@ def test_a_function_that_returns_no_rewards_is_refused(module, tmp_path, name, s
         ("rewards=[my_rewards:number]", "my_rewards:number is no reward function"),
         ("rewards=[no_such_module_of_mine:f]", "cannot be imported (No module named 'no_such_module_of_mine')"),
         ("rewards=[':f']", "':f' is no path of a function; write package.module:function"),
+        ("rewards=['.rewards:f']", "'.rewards:f' is no path of a function"),
+        ("rewards=['builtins:type']", "builtins:type is no reward function"),
         ("rewards=3", "rewards should be a list, not 3"),
         ("task=sft", "rewards are for task grpo, and this is sft; remove the section"),
     ],
@@ -374,7 +402,6 @@ def test_a_dry_run_assumes_a_length_where_it_cannot_know(tmp_path):
 
 def test_checkpoints_and_rewards_of_a_changed_recipe_are_compared(tmp_path):
     from llmreg.recipes import dump_recipe
-    from llmreg.recipes.resuming import differences
 
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe(tmp_path / "out")))
     assert differences(recipe(tmp_path / "out"), tmp_path) == ()

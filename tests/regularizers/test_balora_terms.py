@@ -410,6 +410,9 @@ def test_each_says_what_it_needs(term):
     teacher = {"teacher"} if term is ConsistencyRegularizer else set()
     assert term().needs == term(task="nlg").needs == {"hidden", *teacher}
     assert term(task="nlu").needs == {"logits", *teacher}
+    rows = {"rows"} if term is not DiversityRegularizer else set()  # of whole sequences, so that packing is refused
+    assert term(variant="v1").needs == {"hidden", *teacher, *rows}
+    assert term(variant="v1", task="nlu").needs == {"logits", *teacher}
     assert isinstance(term(), Regularizer)
 
 

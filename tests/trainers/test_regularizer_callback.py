@@ -13,7 +13,7 @@ import llmreg
 from llmreg import RegularizerCallback, SorsaConfig
 from llmreg.adapters import AdditiveLayer
 from llmreg.errors import UnsupportedError
-from llmreg.regularizers import OrthonormalRegularizer
+from llmreg.regularizers import DiversityRegularizer, OrthonormalRegularizer
 
 ROWS = [{"input_ids": [1 + i % 5, 7, 9 + i % 3, 4], "labels": [1 + i % 5, 7, 9 + i % 3, 4]} for i in range(128)]
 
@@ -97,6 +97,22 @@ def test_a_last_shorter_accumulation_window_adds_the_whole_term_too(tmp_path):
     run(model, tmp_path / "a", rows=rows, callbacks=[RegularizerCallback([regularizer])], **settings)
     unregularized(without)
     run(without, tmp_path / "b", rows=rows, callbacks=[], **settings)
+    name = next(name for name in before if "lora_A" in name)
+    count = 2 * sum(isinstance(module, AdditiveLayer) for module in model.modules())
+    expected = -0.05 * 1e-2 * regularizer.gradient(before[name], count)
+    torch.testing.assert_close(factors(model)[name] - factors(without)[name], expected, atol=2e-7, rtol=1e-3)
+
+
+def test_in_the_loss_it_acts_at_the_first_step_beside_a_term_on_outputs_too(tmp_path):
+    """That term is verified at its first step by a backward pass of its own, in which the hooks fire as well."""
+    output_term = DiversityRegularizer(schedule="constant")
+    model, without = sorsa(weights=None), sorsa(weights=None)
+    perturb_alike(model, without)
+    before = factors(model)
+    settings = {"max_steps": 1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+    regularizer = OrthonormalRegularizer(weight=0.05, decoupled=False)
+    run(model, tmp_path / "a", callbacks=[RegularizerCallback([regularizer, output_term])], **settings)
+    run(without, tmp_path / "b", callbacks=[RegularizerCallback([output_term])], **settings)
     name = next(name for name in before if "lora_A" in name)
     count = 2 * sum(isinstance(module, AdditiveLayer) for module in model.modules())
     expected = -0.05 * 1e-2 * regularizer.gradient(before[name], count)
