@@ -161,8 +161,8 @@ def sweep() -> list[str]:
         )
         rows.append("|---|---|---:|---:|---:|---:|---:|")
         for name, entry in entries.items():
-            first = next(iter(entry["runs"].values()))["scores"]
-            if SCORES[task][0] in first:
+            first = next(iter(entry["runs"].values()))
+            if SCORES[task][0] in first["scores"] and "divergence" not in first:  # those have a table of their own
                 rows.append(_sweep_row(name, entry))
     return rows
 
@@ -312,7 +312,7 @@ def balora_divergence() -> list[str]:
             solved = statistics.mean(run["scores"][SCORES["sft"][0]]["after"] for run in runs)
             losses = [run["task_loss"] for run in runs]
             means = [statistics.mean(run["divergence"][text] for run in runs) for text in TEXTS]
-            numbers = " | ".join(f"{value:.2f}" for value in (statistics.mean(losses), *means))
+            numbers = " | ".join(f"{value:.3g}" for value in (statistics.mean(losses), *means))
             rows.append(f"| {name.replace(', 500 steps', '')} | {rate:.1e} | {len(runs)} | {solved:.1%} | {numbers} |")
     return rows
 
@@ -324,7 +324,8 @@ def main() -> None:
     text = fill(text, "kept", kept())
     text = fill(text, "kept_at_equal_score", kept_at_equal_score())
     text = fill(text, "first_steps", first_steps_table())
-    text = fill(text, "imbalance", imbalance())
+    if (RESULTS / "imbalance.json").is_file():
+        text = fill(text, "imbalance", imbalance())
     text = fill(text, "balora_divergence", balora_divergence())
     text = fill(text, "conditioning", conditioning())
     text = fill(text, "bench_adapters", bench_adapters())
