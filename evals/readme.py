@@ -18,8 +18,12 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from divergence import TEXTS
 from first_steps import summary as first_steps_summary
-from sweep import SCORES, best_rate, kept_at, key, summaries
+from imbalance import COLUMNS, SEEDS
+from imbalance import cells as imbalance_cells
+from imbalance import summary as imbalance_summary
+from sweep import SCORES, SWEEPS, best_rate, kept_at, key, summaries
 
 from llmreg.files import write_text
 
@@ -157,8 +161,8 @@ def sweep() -> list[str]:
         )
         rows.append("|---|---|---:|---:|---:|---:|---:|")
         for name, entry in entries.items():
-            first = next(iter(entry["runs"].values()))["scores"]
-            if SCORES[task][0] in first:
+            first = next(iter(entry["runs"].values()))
+            if SCORES[task][0] in first["scores"] and "divergence" not in first:  # those have a table of their own
                 rows.append(_sweep_row(name, entry))
     return rows
 
@@ -289,6 +293,30 @@ def first_steps_table() -> list[str]:
     return rows
 
 
+def imbalance() -> list[str]:
+    """Recall of a rare class, each method at its best setting."""
+    rows = [f"| {len(SEEDS)} seeds | rate or penalty | {' | '.join(COLUMNS)} |", "|---|" + "---:|" * (len(COLUMNS) + 1)]
+    return rows + [f"| {' | '.join(row)} |" for row in imbalance_cells(imbalance_summary(read("imbalance")))]
+
+
+def balora_divergence() -> list[str]:
+    """PiSSA and BA-LoRA at every rate: how well the task was learned, and how far the model went from its base."""
+    rows = ["| 500 steps | rate | seeds | word problems | task loss | KL, corpus | KL, facts |"]
+    rows.append("|---|---:|---:|---:|---:|---:|---:|")
+    entries = read("sweep")["recipes"]
+    for name in (name for name, sweep in SWEEPS.items() if sweep.divergence and name in entries):
+        by_rate: dict[float, list[dict[str, Any]]] = {}
+        for label, run in entries[name]["runs"].items():
+            by_rate.setdefault(float(label.split(" lr=")[1].split()[0]), []).append(run)
+        for rate, runs in sorted(by_rate.items()):
+            solved = statistics.mean(run["scores"][SCORES["sft"][0]]["after"] for run in runs)
+            losses = [run["task_loss"] for run in runs]
+            means = [statistics.mean(run["divergence"][text] for run in runs) for text in TEXTS]
+            numbers = " | ".join(f"{value:.3g}" for value in (statistics.mean(losses), *means))
+            rows.append(f"| {name.replace(', 500 steps', '')} | {rate:.1e} | {len(runs)} | {solved:.1%} | {numbers} |")
+    return rows
+
+
 def main() -> None:
     readme = ROOT / "README.md"
     text = fill(readme.read_text(), "against_peft", against_peft())
@@ -296,6 +324,9 @@ def main() -> None:
     text = fill(text, "kept", kept())
     text = fill(text, "kept_at_equal_score", kept_at_equal_score())
     text = fill(text, "first_steps", first_steps_table())
+    if (RESULTS / "imbalance.json").is_file():
+        text = fill(text, "imbalance", imbalance())
+    text = fill(text, "balora_divergence", balora_divergence())
     text = fill(text, "conditioning", conditioning())
     text = fill(text, "bench_adapters", bench_adapters())
     text = fill(text, "bench_calibration", bench_calibration())

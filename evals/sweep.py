@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from common import machine, print_table
+from divergence import measure
 from safetensors.torch import load_file
 
 from llmreg.errors import LlmregError
@@ -45,12 +46,16 @@ SECOND_WORLD = Path(__file__).parent / "second_world"
 
 @dataclass(frozen=True)
 class Sweep:
-    """A recipe, what is overridden in it, and the rates that are tried."""
+    """A recipe, what is overridden in it, the rates that are tried, and whether it is compared with its base."""
 
     recipe: str
     rates: tuple[float, ...]
     overrides: tuple[str, ...] = ()
+    divergence: bool = False
 
+
+#: Half the steps of the recipes, for PiSSA as for BA-LoRA.
+_HALF = "training.max_steps=500"
 
 SWEEPS = {
     "quickstart": Sweep("quickstart", (5e-4, 1e-3, 1.5e-3, 2e-3, 3e-3)),
@@ -97,6 +102,12 @@ SWEEPS = {
         (1e-2, 3e-2, 5e-2, 1e-1),
         ("adapter.r=1", "adapter.target_modules=[layers.0.self_attn.q_proj]"),
     ),
+    "pissa, 500 steps": Sweep("quickstart", (7e-4, 1e-3, 1.5e-3), (_HALF,), divergence=True),
+    "balora, 500 steps": Sweep("pocket-balora", (7e-4, 1e-3, 1.5e-3), (_HALF,), divergence=True),
+    # The paper's weight moves little here.
+    "balora, 500 steps, consistency x 40": Sweep(
+        "pocket-balora", (7e-4, 1e-3, 1.5e-3), (_HALF, "adapter.consistency=1.0"), divergence=True
+    ),
 }
 SEEDS = (0, 1, 2)
 #: The mean training loss up to these steps is kept: how early a method learns.
@@ -121,6 +132,7 @@ def run(sweep: Sweep, rate: float, seed: int, world: int, threads: int) -> dict[
             raise LlmregError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-2000:]}")
         report = json.loads((Path(folder) / "run" / "report.json").read_text())
         conditions = condition_numbers(Path(folder) / "run" / "adapter")
+        compared = measure(Path(folder) / "run" / "adapter") if sweep.divergence else {}
     rows = report["measurements"]
     names = [row["name"] for row in rows]
     scores = {}
@@ -137,6 +149,7 @@ def run(sweep: Sweep, rate: float, seed: int, world: int, threads: int) -> dict[
         "condition": conditions,
         "threads": threads,
         "machine": machine(),
+        **compared,
         **({"calibration": _of_pocket(report["calibration"], folder)} if report.get("calibration") else {}),
     }
 
