@@ -11,7 +11,7 @@ memory        peak resident memory of the first step over the loaded model, in p
 gpu           sft and grpo with the head and layers of Llama-3-8B, bfloat16; --tiny runs this section on a CPU
 
 Llama of hidden 1024, intermediate 2816, 8 layers, vocabulary 32,000, random weights, LoRA r 16 on all linears, float32;
-2 x 256 tokens (sft), 4 x 4 completions of 64 tokens after 64 of a prompt (grpo). A step is forward and backward through
+2 x 256 tokens (sft), 4 x 4 completions of 64 tokens after 16 of a prompt (grpo). A step is forward and backward through
 the trainer's own `training_step` with the callback's events; in `orthonormal` AdamW's step too. "dense" is what one
 writes without llmreg (see regularizer_steps).
 
@@ -82,7 +82,7 @@ CUDA = Shape(
     dtype=torch.bfloat16,
 )
 #: Of `memory`: two layers, as many tokens in an SFT batch as in a generation batch.
-LARGE = CPU._replace(layers=2, columns=512, prompts=1, completions=2, completion=448)
+LARGE = CPU._replace(layers=2, columns=512, prompts=1, completions=2, completion=496)
 
 #: Passes through the linear layers; products of the head with all tokens (of a GPU: scored ones); with scored ones.
 SFT_PRODUCTS = {

@@ -64,7 +64,7 @@ class Shape(NamedTuple):
     unscored: int = 0
     prompts: int = 4
     completions: int = 4
-    prompt: int = 64
+    prompt: int = 16
     completion: int = 64
 
 
