@@ -227,6 +227,60 @@ def bench_adapters() -> list[str]:
     return rows
 
 
+def bench_regularizers() -> list[str]:
+    """Steps with regularisers over stock ones, each with the least that its multiplications allow; peak memory."""
+    measured = read("bench_regularizers")
+    sections = {name: section["result"] for name, section in measured.items()}
+    rows = _sft_steps(sections["sft"], "SFT")
+    rows += ["", "| a step over the stock one | time | floor |", "|---|---:|---:|"]
+    rows += _steps(sections["orthonormal"], "SORSA", "SORSA, orthonormal term ")
+    rows += _steps(sections["grpo"], "TRL", "GRPO, Lp-Reg, ")
+    rows += ["", *_peaks(sections["memory"])]
+    if "gpu" in sections:
+        gpu = measured["gpu"]["gpu"]
+        rows += ["", *_sft_steps(sections["gpu"]["sft"], f"SFT, {gpu}")]
+        rows += ["", f"| GRPO, {gpu}, over TRL's step | time | floor |", "|---|---:|---:|"]
+        rows += _steps(sections["gpu"]["grpo"], "TRL", "Lp-Reg, ")
+    return rows
+
+
+def _sft_steps(result: dict[str, Any], label: str) -> list[str]:
+    """Over TRL's step with a forward pass of a teacher."""
+    peer = "TRL, teacher forward"
+    rows = [
+        f"| {label}, over TRL and a forward pass of the base | half of the tokens scored | floor | all | floor |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name in result["half"]["seconds"]:
+        if name != peer:
+            cells = [(part["over"][peer][name], part["floor"][name]) for part in result.values()]
+            rows.append(f"| {name} | " + " | ".join(f"{over:.2f}x | {floor:.2f}x" for over, floor in cells) + " |")
+    return rows
+
+
+def _steps(result: dict[str, Any], peer: str, label: str) -> list[str]:
+    floors = {name: f"{floor:.2f}x" for name, floor in result["floor"].items()}
+    times = {name: over for name, over in result["over"][peer].items() if name != peer}
+    return [f"| {label}{name} | {over:.2f}x | {floors.get(name, '')} |" for name, over in times.items()]
+
+
+def _peaks(result: dict[str, Any]) -> list[str]:
+    """By vocabulary: what a step takes over the loaded model, over what TRL's takes."""
+    sizes = list(dict.fromkeys(key.split(", ")[1] for key in result))
+    heads = [f"vocabulary {int(size):,}" for size in sizes]
+    rows = [f"| peak memory of a step, over that of TRL's | {' | '.join(heads)} |", "|---|" + "---:|" * len(sizes)]
+    for kind in ("sft", "grpo"):
+        label = {"sft": "SFT, ", "grpo": "GRPO, Lp-Reg, "}[kind]
+        for name in result[f"{kind}, {sizes[0]}"]:
+            cells = [result[f"{kind}, {size}"][name] for size in sizes]
+            if name == "TRL":
+                shown_cells = " | ".join(f"{cell['extra_mib']:.0f} MiB" for cell in cells)
+                rows.append(f"| {kind.upper()}, TRL itself | {shown_cells} |")
+            else:
+                rows.append(f"| {label}{name} | " + " | ".join(f"{cell['over_trl']:.2f}x" for cell in cells) + " |")
+    return rows
+
+
 def fill(text: str, name: str, rows: list[str]) -> str:
     """Replace what stands between the markers of `name`."""
     block = f"<!-- {name} -->\n" + "\n".join(rows) + f"\n<!-- end {name} -->"
@@ -329,6 +383,7 @@ def main() -> None:
     text = fill(text, "balora_divergence", balora_divergence())
     text = fill(text, "conditioning", conditioning())
     text = fill(text, "bench_adapters", bench_adapters())
+    text = fill(text, "bench_regularizers", bench_regularizers())
     text = fill(text, "bench_calibration", bench_calibration())
     write_text(readme, fill(text, "bench_init", bench_init()))
     if len(sys.argv) > 1:
