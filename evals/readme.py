@@ -20,9 +20,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from divergence import TEXTS
 from first_steps import summary as first_steps_summary
-from imbalance import COLUMNS, SEEDS
-from imbalance import cells as imbalance_cells
-from imbalance import summary as imbalance_summary
 from sweep import SCORES, SWEEPS, best_rate, kept_at, key, summaries
 
 from llmreg.files import write_text
@@ -232,10 +229,14 @@ def bench_regularizers() -> list[str]:
     measured = read("bench_regularizers")
     sections = {name: section["result"] for name, section in measured.items()}
     rows = _sft_steps(sections["sft"], "SFT")
-    rows += ["", "| a step over the stock one | time | floor |", "|---|---:|---:|"]
-    rows += _steps(sections["orthonormal"], "SORSA", "SORSA, orthonormal term ")
-    rows += _steps(sections["grpo"], "TRL", "GRPO, Lp-Reg, ")
-    rows += ["", *_peaks(sections["memory"])]
+    steps = [("orthonormal", "SORSA", "SORSA, orthonormal term "), ("grpo", "TRL", "GRPO, Lp-Reg, ")]
+    measured_steps = [(sections[name], peer, label) for name, peer, label in steps if name in sections]
+    if measured_steps:
+        rows += ["", "| a step over the stock one | time | floor |", "|---|---:|---:|"]
+    for result, peer, label in measured_steps:
+        rows += _steps(result, peer, label)
+    if "memory" in sections:
+        rows += ["", *_peaks(sections["memory"])]
     if "gpu" in sections:
         gpu = measured["gpu"]["gpu"]
         rows += ["", *_sft_steps(sections["gpu"]["sft"], f"SFT, {gpu}")]
@@ -347,12 +348,6 @@ def first_steps_table() -> list[str]:
     return rows
 
 
-def imbalance() -> list[str]:
-    """Recall of a rare class, each method at its best setting."""
-    rows = [f"| {len(SEEDS)} seeds | rate or penalty | {' | '.join(COLUMNS)} |", "|---|" + "---:|" * (len(COLUMNS) + 1)]
-    return rows + [f"| {' | '.join(row)} |" for row in imbalance_cells(imbalance_summary(read("imbalance")))]
-
-
 def balora_divergence() -> list[str]:
     """PiSSA and BA-LoRA at every rate: how well the task was learned, and how far the model went from its base."""
     rows = ["| 500 steps | rate | seeds | word problems | task loss | KL, corpus | KL, facts |"]
@@ -378,8 +373,6 @@ def main() -> None:
     text = fill(text, "kept", kept())
     text = fill(text, "kept_at_equal_score", kept_at_equal_score())
     text = fill(text, "first_steps", first_steps_table())
-    if (RESULTS / "imbalance.json").is_file():
-        text = fill(text, "imbalance", imbalance())
     text = fill(text, "balora_divergence", balora_divergence())
     text = fill(text, "conditioning", conditioning())
     text = fill(text, "bench_adapters", bench_adapters())
