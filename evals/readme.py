@@ -254,7 +254,8 @@ def _sft_steps(result: dict[str, Any], label: str) -> list[str]:
     ]
     for name in result["half"]["seconds"]:
         if name != peer:
-            cells = [(part["over"][peer][name], part["floor"][name]) for part in result.values()]
+            parts = (result["half"], result["all"])
+            cells = [(part["over"][peer][name], part["floor"][name]) for part in parts]
             rows.append(f"| {name} | " + " | ".join(f"{over:.2f}x | {floor:.2f}x" for over, floor in cells) + " |")
     return rows
 
