@@ -85,7 +85,6 @@ def test_a_value_of_the_wrong_type_is_named_before_anything_loads(complaint, ove
     [
         ("task=edit", "the task edit is not in this version of llmreg; write sft, dpo, grpo or classification"),
         ("task=sff", "there is no task 'sff'; did you mean 'sft'?"),
-        ("regularizers=[{name: orthonormal}]", "regularizers is not in this version of llmreg"),
         ("calibration={data: pocket/corpus}", "pissa takes no calibration data; remove the section"),
         ("training.output_dir=x", "write it under output.dir"),
         ("training.seed=3", "write it as seed at the top of the recipe"),
