@@ -7,7 +7,8 @@ sft           BA-LoRA's terms, half of the tokens scored (prompt and completion)
               forward pass of a teacher, which is the least that a term with a teacher adds
 orthonormal   SORSA's step with its regulariser, decoupled and as a term of the loss, over the step without
 grpo          Lp-Reg, over TRL's update on the same completions; nothing is generated
-memory        peak resident memory of the first step over the loaded model, in processes of their own
+memory        peak resident memory of the first step over the loaded model, in processes of their own, one each; the
+              allocator moves a figure by up to a tile of logits (a tenth, at 128,000) from one process to the next
 gpu           sft and grpo with the head and layers of Llama-3-8B, bfloat16; --tiny runs this section on a CPU
 
 Llama of hidden 1024, intermediate 2816, 8 layers, vocabulary 32,000, random weights, LoRA r 16 on all linears, float32;
