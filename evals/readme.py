@@ -17,6 +17,9 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
+import bandit
+import imbalance
+import lp_reg
 import matplotlib.pyplot as plt
 from divergence import TEXTS
 from first_steps import summary as first_steps_summary
@@ -367,6 +370,34 @@ def balora_divergence() -> list[str]:
     return rows
 
 
+def _table(columns: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
+    return lines + [f"| {' | '.join(row)} |" for row in rows]
+
+
+def bandit_table() -> list[str]:
+    """The probability of the spark after three batches and after thirty, medians over seeds."""
+    runs, times, rows = read("bandit")["runs"], [bandit.SHOWN.index(batches) for batches in (3, 30)], []
+    for method in bandit.METHODS:
+        cells = []
+        for rate in bandit.RATES:
+            sparks = [runs[f"{method} {rate:g} {seed}"]["spark"] for seed in bandit.SEEDS]
+            cells.append(" / ".join(f"{statistics.median(one[at] for one in sparks):.4f}" for at in times))
+        rows.append([method, *cells])
+    return _table(["spark, 0.02 at the start", *(f"rate {rate:g}" for rate in bandit.RATES)], rows)
+
+
+def imbalance_table() -> list[str]:
+    """Each method at its best rate."""
+    rows = imbalance.cells(imbalance.summary(read("imbalance")))
+    return _table([f"{len(imbalance.SEEDS)} seeds", "rate or penalty", *imbalance.COLUMNS], rows)
+
+
+def lp_reg_table() -> list[str]:
+    """GRPO against what is to keep its entropy, each at its best rate."""
+    return _table([f"{lp_reg.STEPS} updates", "rate", "seeds", *lp_reg.COLUMNS], lp_reg.best_rows(read("lp_reg")))
+
+
 def main() -> None:
     readme = ROOT / "README.md"
     text = fill(readme.read_text(), "against_peft", against_peft())
@@ -375,6 +406,9 @@ def main() -> None:
     text = fill(text, "kept_at_equal_score", kept_at_equal_score())
     text = fill(text, "first_steps", first_steps_table())
     text = fill(text, "balora_divergence", balora_divergence())
+    text = fill(text, "imbalance", imbalance_table())
+    text = fill(text, "bandit", bandit_table())
+    text = fill(text, "lp_reg", lp_reg_table())
     text = fill(text, "conditioning", conditioning())
     text = fill(text, "bench_adapters", bench_adapters())
     text = fill(text, "bench_regularizers", bench_regularizers())

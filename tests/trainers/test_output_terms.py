@@ -307,8 +307,9 @@ def test_something_that_is_no_regulariser_is_refused():
             r=4, init_r=6, target_r=4, total_step=10, tinit=1, tfinal=1, target_modules=["q_proj"], orth_reg_weight=0.7
         ),
         LoraConfig(r=4, target_modules=["q_proj"], kasa_config=peft.KasaConfig(beta=0.1, gamma=0.2)),
+        LoraConfig(r=4, target_modules=["q_proj"], monteclora_config=peft.MontecloraConfig(num_samples=2)),
     ],
-    ids=["AdaLoRA", "KaSA"],
+    ids=["AdaLoRA", "KaSA", "MonteCLoRA"],
 )
 def test_peft_s_auxiliary_losses_that_trl_drops_act(tmp_path, base, config):
     logged = {}
