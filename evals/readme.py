@@ -8,9 +8,11 @@ Reads evals/results/*.json and a report; figures change nowhere else.
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -370,6 +372,35 @@ def balora_divergence() -> list[str]:
     return rows
 
 
+#: Task losses at which the divergence is compared, nats a token of the answer.
+LOSSES = (0.8, 0.6, 0.4, 0.2)
+
+
+def divergence_at_equal_loss() -> list[str]:
+    """The divergence at equal task losses: of each seed between the two rates around a loss, linear in its log."""
+    entries, rows = read("sweep")["recipes"], []
+    for name in (name for name, sweep in SWEEPS.items() if sweep.divergence and name in entries):
+        seeds: dict[str, list[dict[str, Any]]] = {}
+        for label, run in entries[name]["runs"].items():
+            seeds.setdefault(label.split("seed=")[1].split()[0], []).append(run)
+        for text in TEXTS:
+            cells = []
+            for loss in LOSSES:
+                found = [one for runs in seeds.values() if (one := _divergence_at(runs, text, loss)) is not None]
+                cells.append(f"{statistics.geometric_mean(found):.2g} ({len(found)})" if found else "")
+            rows.append([f"{name.replace(', 500 steps', '')}, {text.removeprefix('pocket/')}", *cells])
+    return _table(["KL at a task loss of", *(f"{loss:g}" for loss in LOSSES)], rows)
+
+
+def _divergence_at(runs: list[dict[str, Any]], text: str, loss: float) -> float | None:
+    """None where this seed's runs are all above that loss, or all below."""
+    points = sorted((run["task_loss"], math.log(run["divergence"][text])) for run in runs)
+    for (low, below), (high, above) in pairwise(points):
+        if low <= loss <= high:
+            return math.exp(below + (above - below) * (loss - low) / (high - low))
+    return None
+
+
 def _table(columns: list[str], rows: list[list[str]]) -> list[str]:
     lines = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
     return lines + [f"| {' | '.join(row)} |" for row in rows]
@@ -406,6 +437,7 @@ def main() -> None:
     text = fill(text, "kept_at_equal_score", kept_at_equal_score())
     text = fill(text, "first_steps", first_steps_table())
     text = fill(text, "balora_divergence", balora_divergence())
+    text = fill(text, "divergence_at_equal_loss", divergence_at_equal_loss())
     text = fill(text, "imbalance", imbalance_table())
     text = fill(text, "bandit", bandit_table())
     text = fill(text, "lp_reg", lp_reg_table())
