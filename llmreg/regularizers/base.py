@@ -31,7 +31,7 @@ class Head:
     """A language-model head as the trainer uses it: logits are `cap(scale (h W^T + b)) / temperature`.
 
     Attributes:
-        weight: (vocabulary, hidden), whole: gathered where it is sharded. bias: (vocabulary,) or None.
+        weight: (vocabulary, hidden), whole or sharded. bias: (vocabulary,) or None.
         softcap: `cap(z) = softcap tanh(z / softcap)`; None: no cap.
     """
 
@@ -40,6 +40,11 @@ class Head:
     temperature: float = 1.0
     softcap: float | None = None
     scale: float = 1.0
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of tokens, of a partitioned weight (ZeRO-3) too, which shows none of them."""
+        return getattr(self.weight, "ds_shape", self.weight.shape)[0]
 
 
 @dataclass

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import RecipeError
-from .balora import BaLoraTerm, at_least_float32, nothing
+from .balora import BaLoraTerm, at_least_float32
 from .base import Context, Need
 from .vocabulary import teacher_kl, token_statistics
 
@@ -82,20 +82,18 @@ class ConsistencyRegularizer(BaLoraTerm):
             return self._of_logits(Z, teacher.detach(), context)
         hidden, head, teacher_hidden = self.of(context, "hidden", "head", "teacher_hidden")
         teacher_head = context.teacher_head or head
-        if not len(hidden):
-            return nothing(hidden)
         if self.variant == "v1":
             (rows,) = self.of(context, "rows")
             divergence = teacher_kl(hidden, head, teacher_hidden, teacher_head, temperature=1.0)
-            return divergence.sum() / len(rows.unique())
+            return divergence.sum() / max(1, len(rows.unique()))
         divergence = teacher_kl(hidden, head, teacher_hidden, teacher_head, temperature=self.temperature)
-        value = self.temperature**2 * divergence.mean()
+        value = self.temperature**2 * divergence.sum() / max(1, len(divergence))
         if not self.adaptive:
             return value
         with torch.no_grad():
             entropy = token_statistics(teacher_hidden, teacher_head, outputs=("entropy",)).entropy
         assert entropy is not None
-        return value * _share(entropy, len(teacher_head.weight), context)
+        return value * _share(entropy, teacher_head.vocabulary, context)
 
     def _of_logits(self, Z: Tensor, teacher: Tensor, context: Context) -> Tensor:
         if self.variant == "v1":
@@ -111,6 +109,8 @@ class ConsistencyRegularizer(BaLoraTerm):
 
 def _share(entropy: Tensor, outcomes: int, context: Context) -> Tensor:
     """The share of the weight that a teacher of this entropy (n,) leaves."""
+    if not len(entropy):
+        return entropy.new_ones(())
     confidence = 1 - entropy.mean() / math.log(outcomes)
     context.log["regularizer/consistency_confidence"] = confidence.detach()
     return _LEAST + (1 - _LEAST) * confidence

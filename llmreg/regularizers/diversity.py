@@ -51,15 +51,13 @@ class DiversityRegularizer(BaLoraTerm):
             (logits,) = self.of(context, "logits")
             return _covariances(at_least_float32(logits)) if len(logits) > 1 else nothing(logits)
         hidden, head = self.of(context, "hidden", "head")
-        if not len(hidden):
-            return nothing(hidden)
         if self.variant == "v1":
             entropy = token_statistics(hidden, head, outputs=("entropy",)).entropy
         else:
-            top_k = min(self.top_k, len(head.weight))
+            top_k = min(self.top_k, head.vocabulary)
             entropy = token_statistics(hidden, head, outputs=("top_k_entropy",), top_k=top_k).top_k_entropy
         assert entropy is not None
-        return -entropy.mean()
+        return -entropy.sum() / max(1, len(entropy))
 
 
 def _covariances(Z: Tensor) -> Tensor:

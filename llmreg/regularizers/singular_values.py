@@ -28,6 +28,7 @@ from ..errors import LlmregWarning, UnsupportedError
 from ..linalg import truncated_svd
 from .balora import BaLoraTerm, at_least_float32, check_count, nothing
 from .base import Context, Head, Need
+from .logit_blocks import gathered
 
 __all__ = ["SingularValueRegularizer", "head_root"]
 
@@ -84,10 +85,10 @@ class SingularValueRegularizer(BaLoraTerm):
             (logits,) = self.of(context, "logits")
             return _nuclear_share(at_least_float32(logits), self.k)
         hidden, head = self.of(context, "hidden", "head")
-        if len(hidden) < 2:
-            return nothing(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             small = _times_root(at_least_float32(hidden), head)
+            if len(hidden) < 2:
+                return nothing(small)
             if self.variant == "v1":
                 (rows,) = self.of(context, "rows")
                 return _nuclear_share(_one_row_a_sequence(small, rows), self.k)
@@ -175,7 +176,7 @@ def head_root(weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`L` with `L L^T = [W b]^T [W b]`, kept for as long as the weight lives and is not written to.
 
     Args:
-        weight: (vocabulary, d), any floating dtype. bias: (vocabulary,).
+        weight: (vocabulary, d), any floating dtype, whole or sharded (then all ranks must call). bias: (vocabulary,).
 
     Returns:
         (d, d), or (d + 1, d + 1) with a bias: float64 where the weight is, else float32; computed in float64.
@@ -185,7 +186,8 @@ def head_root(weight: Tensor, bias: Tensor | None = None) -> Tensor:
     kept = _ROOTS.get(weight)
     if kept is None or kept.state != state:
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        kept = _ROOTS[weight] = _Kept(state, _root(_gram(weight, bias)).to(dtype))
+        with gathered(Head(weight, bias)) as whole:
+            kept = _ROOTS[weight] = _Kept(state, _root(_gram(whole.weight, whole.bias)).to(dtype))
     return kept.root
 
 

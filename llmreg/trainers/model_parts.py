@@ -11,6 +11,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from ..errors import UnsupportedError
 from ..regularizers.base import Head
+from ..weights.storage import is_dtensor
 
 __all__ = [
     "active_configs",
@@ -147,15 +148,22 @@ def _why_no_base(config: Any) -> str:
 
 
 def graph_reaches(value: Tensor, parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether the graph of `value` leads to one of these that is trained, or to a reentrant checkpoint before it."""
-    wanted = {id(parameter) for parameter in parameters if parameter.requires_grad}
+    """Whether the graph of `value` leads to one of these that is trained, or to a reentrant checkpoint before it.
+
+    Sharded by FSDP2 they are not in the graph themselves: a forward pass runs on whole copies, Parameters too.
+    """
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    wanted, copied = {id(parameter) for parameter in trained}, any(map(is_dtensor, trained))
     nodes, seen = [value.grad_fn], set()
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if id(getattr(node, "variable", None)) in wanted or node.name() == "CheckpointFunctionBackward":
+        variable = getattr(node, "variable", None)
+        if id(variable) in wanted or (copied and isinstance(variable, nn.Parameter)):
+            return True
+        if node.name() == "CheckpointFunctionBackward":
             return True
         nodes += [following for following, _ in node.next_functions]
     return id(value) in wanted

@@ -20,6 +20,7 @@ from llmreg.regularizers import (
     DiversityRegularizer,
     SingularValueRegularizer,
     singular_values,
+    vocabulary,
 )
 from llmreg.regularizers.base import Context, Head, Regularizer, schedule_factor
 
@@ -265,6 +266,39 @@ def test_nothing_of_tokens_times_vocabulary_is_made(variant):
     with Sizes() as sizes:
         dense.logits(context.hidden, context.head)
     assert max(sizes.seen) == 42 * 900
+
+
+@pytest.mark.parametrize(
+    "term",
+    [*(term(variant=variant) for term in TERMS for variant in VARIANTS), ConsistencyRegularizer(adaptive=True)],
+    ids=lambda term: f"{term.name}-{term.variant}" + "-adaptive" * getattr(term, "adaptive", False),
+)
+def test_a_batch_without_scored_tokens_asks_for_the_head_like_any_other(monkeypatch, term):
+    """To gather a head in shards is for all processes or none, and another may have some."""
+    asked = []
+    for module in (vocabulary, singular_values):
+        gathered = module.gathered
+        monkeypatch.setattr(module, "gathered", lambda head, gathered=gathered: asked.append(1) or gathered(head))
+    counts = []
+    for number in (3, 0):
+        context = language(n=12)
+        context.hidden = context.hidden.detach()[:number].requires_grad_()
+        context.teacher_hidden, context.rows = context.teacher_hidden[:number], context.rows[:number]
+        asked.clear()
+        value = term.loss(context)
+        (gradient,) = torch.autograd.grad(value, context.hidden)
+        counts.append(len(asked))
+        assert torch.isfinite(gradient).all()
+    assert counts[0] == counts[1] > 0
+    assert float(value) == 0
+    assert not any("confidence" in name for name in context.log), "there is none to speak of"
+
+
+def test_a_partitioned_head_s_vocabulary_is_not_what_it_shows():
+    weight = torch.zeros(0)
+    weight.ds_shape = (60, 8)  # as ZeRO-3 leaves it
+    assert Head(weight).vocabulary == 60
+    assert Head(torch.zeros(60, 8)).vocabulary == 60
 
 
 def test_the_head_is_decomposed_once_and_again_when_it_was_written_to(monkeypatch):
