@@ -56,7 +56,7 @@ def assert_equal(found: Result, expected: Result, case: str) -> None:
     assert found[0].keys() == expected[0].keys()
     for key, value in expected[0].items():
         torch.testing.assert_close(
-            found[0][key], value, atol=4e-6, rtol=1e-5, msg=lambda text: f"{case}, {key}: {text}"
+            found[0][key], value, atol=4e-6, rtol=1e-5, msg=lambda text, key=key: f"{case}, {key}: {text}"
         )
     assert [log.keys() for log in found[1]] == [log.keys() for log in expected[1]], case
     for mine, theirs in zip(found[1], expected[1], strict=True):

@@ -35,7 +35,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-METHODS = ("pissa", "sorsa", "svfit", "corda", "eva", "bone", "bat")
+METHODS = ("pissa", "balora", "sorsa", "svfit", "corda", "eva", "bone", "bat")
 #: Their statistics are sums over ranks, equal to those of one process to rounding.
 FROM_DATA = ("corda", "eva")
 Results = dict[str, tuple[list[float], dict[str, torch.Tensor]]]

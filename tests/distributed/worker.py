@@ -24,6 +24,7 @@ from llmreg.adapters.layer import AdditiveLayer
 STEPS = 3
 METHODS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "pissa": (llmreg.PissaConfig, {}),
+    "balora": (llmreg.BaLoraConfig, {"weights": None}),  # its terms: output_terms_worker.py
     "sorsa": (llmreg.SorsaConfig, {"weights": None}),
     "svfit": (llmreg.SvfitConfig, {}),
     "corda": (llmreg.CordaConfig, {}),

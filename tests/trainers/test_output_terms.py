@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 import trl_runs
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 
@@ -118,14 +119,22 @@ def test_the_gradient_is_the_task_s_and_the_weighted_term_s(tmp_path, base, kind
     assert losses[0] == losses[1], "the loss that is reported stays the task's"
 
 
-def test_sft_s_term_is_one_mean_of_all_tokens_at_any_accumulation(tmp_path, base):
+@pytest.mark.parametrize(("rows", "accumulation"), [(8, 4), (64, 64)])
+def test_sft_s_term_is_one_mean_of_all_tokens_at_any_accumulation(tmp_path, base, monkeypatch, rows, accumulation):
+    """Rows differ in length, so a mean of micro-batches' means would not be it."""
+    texts = [text[: 3 + (5 * i) % 11] for i, text in enumerate(list(trl_runs.TEXT["text"]) * (rows // 8))]
+    monkeypatch.setattr(trl_runs, "TEXT", Dataset.from_dict({"text": texts}))
     runs = {}
-    for batch, accumulation in ((8, 1), (2, 4)):
-        folder = tmp_path / str(batch)
-        arguments = settings(batch, accumulation)
+    for windows in (1, accumulation):
+        folder = tmp_path / str(windows)
+        arguments = settings(rows // windows, windows)
         with_term = stepped("sft", base, folder / "a", [Squared()], **arguments)
-        runs[batch] = effect(with_term, stepped("sft", base, folder / "b", None, **arguments))
-    assert_equal(runs[8], runs[2])
+        without = stepped("sft", base, folder / "b", None, **arguments)
+        runs[windows] = effect(with_term, without)
+        logs = [next(log for log in run[2].state.log_history if "loss" in log) for run in (with_term, without)]
+        assert logs[0]["num_tokens"] == logs[1]["num_tokens"]
+        assert logs[0]["loss"] == logs[1]["loss"]
+    assert_equal(runs[accumulation], runs[1])
 
 
 @pytest.mark.parametrize(
