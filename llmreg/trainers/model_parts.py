@@ -183,10 +183,17 @@ def without_adapters(model: Any) -> Iterator[None]:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, every module's own mode afterwards."""
+    """Evaluation mode, every module's own mode afterwards.
+
+    int8 layers keep theirs: on a CPU bitsandbytes quantises activations too where one evaluates, and a teacher of other
+    kernels than its student's is another model.
+    """
     training = [part for part in module.modules() if part.training]
     try:
         module.eval()
+        for part in training:
+            if type(part).__name__ == "Linear8bitLt":
+                part.training = True
         yield
     finally:
         for part in training:
