@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmreg.regularizers.base import Head
-from llmreg.regularizers.vocabulary import TokenStatistics
 
 
 def logits(hidden: Tensor, head: Head) -> Tensor:
@@ -21,12 +20,6 @@ def logits(hidden: Tensor, head: Head) -> Tensor:
 def entropy(Z: Tensor) -> Tensor:
     log_p = Z.log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1)
-
-
-def token_statistics(hidden, head, labels=None, *, outputs, top_k=None, **unused) -> TokenStatistics:
-    Z = logits(hidden, head)
-    made = {"entropy": lambda: entropy(Z), "top_k_entropy": lambda: entropy(Z.topk(top_k, -1).values)}
-    return TokenStatistics(**{name: made[name]() for name in outputs})
 
 
 def teacher_kl(hidden, head, teacher_hidden, teacher_head, *, temperature) -> Tensor:

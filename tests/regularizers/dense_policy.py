@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from llmreg.regularizers.base import Context, Head
 from llmreg.regularizers.low_probability import PROXY, THRESHOLD
-from llmreg.regularizers.vocabulary import TokenStatistics
 
 KNOWN = (0.6, 0.3, 0.09, 0.01)
 
@@ -19,20 +16,6 @@ def dense_log_probs(hidden, head):
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
     return torch.log_softmax(logits / head.temperature, dim=-1)
-
-
-def dense_statistics(hidden, head, labels=None, *, outputs, kappa=None, tau=None, top_k=None):
-    """`token_statistics` by its definition, from whole distributions."""
-    log_probs = dense_log_probs(hidden, head)
-    found = {}
-    if labels is not None:
-        found["log_probs"] = log_probs.gather(1, labels[:, None]).squeeze(1)
-    found["max_log_prob"] = log_probs.max(1).values
-    found["entropy"] = -(log_probs.exp() * log_probs).sum(1)
-    if kappa is not None or tau is not None:
-        cut = math.log(tau) if tau is not None else found["max_log_prob"].detach()[:, None] + math.log(kappa)
-        found["kept_log_mass"] = log_probs.masked_fill(log_probs.detach() <= cut, -math.inf).logsumexp(1)
-    return TokenStatistics(**{name: found[name] for name in outputs})
 
 
 def policy(probabilities=KNOWN, count=1):

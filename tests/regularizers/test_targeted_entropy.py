@@ -15,11 +15,6 @@ from llmreg.regularizers.base import Context, Regularizer
 ENTROPY = -sum(p * math.log(p) for p in dense.KNOWN)
 
 
-@pytest.fixture(autouse=True)
-def statistics(monkeypatch):
-    monkeypatch.setattr(targeted_entropy, "token_statistics", dense.dense_statistics)
-
-
 def test_it_is_the_distance_from_the_target_on_either_side():
     assert isinstance(TargetedEntropyRegularizer(), Regularizer)
     logits, head = dense.policy(count=3)
