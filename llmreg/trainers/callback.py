@@ -37,6 +37,9 @@ class RegularizerCallback(TrainerCallback):
     advantages: a term is then the mean of its micro-batches' means, as TRL averages its own added terms, and what needs
     advantages is refused. `llmreg.trainers` tell it.
 
+    A trainer tells nobody that it was interrupted (an exception, Ctrl-C). What the callback then left on the model goes
+    when a training with another callback begins, or with `callback.end()`; `llmreg.trainers` see to it themselves.
+
     Args:
         regularizers: apply these, the orthonormal one to every active adapter with orthonormal factors (SORSA), with
             their weights in the place of those in adapters' configs; None: what the configs of active adapters ask for.
