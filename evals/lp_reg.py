@@ -6,8 +6,8 @@
 
 Plain LoRA on the pocket model, reworded arithmetic, answers of at most three tokens. A generation batch of 16 prompts
 with 8 answers each is cut into 4 updates (off-policy) under the paper's clip, clip(r, 0, 10) for both signs. The pocket
-model is sure of itself (0.1 nats a token, and three groups of four are all right or all wrong), so policies are those
-at temperature 1.5 (0.6 nats), in sampling and in training; scores are greedy.
+model is sure of itself, and most groups of answers are all right or all wrong, so policies are those at temperature 1.5
+(0.55 nats a token), in sampling and in training; scores are greedy.
 
 A batch has about 384 tokens, so that the paper's percentile of 1 % is 4 tokens, of which those of negative advantage
 count; hence a wide variant beside it. Both take the proxy of the policy that sampled. Weights of the other methods are
