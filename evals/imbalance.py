@@ -14,8 +14,9 @@ scores stand in the table. The paper's k = 5 makes the singular value term inert
 whole), so k is 1; weights and schedules are the paper's.
 
 Each seed draws training rows, order, head and dropout; validation and test rows are always the same, as many of each
-class, so accuracy is the mean recall. Only the rate is chosen, of the same for every method, by the mean macro F1 of the
-validation rows (1e-3 and 1.5e-2, worst of all after five seeds, were not run with the others). Writes evals/results/imbalance.json after every run.
+class, so accuracy is the mean recall. Only the rate is chosen, of the same for every method, by the mean macro F1 of
+the validation rows (1e-3 and 1.5e-2, worst of all after five seeds, were not run with the others). Writes
+evals/results/imbalance.json after every run.
 """
 
 from __future__ import annotations
