@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import peft
 import pytest
 import tiny_models
@@ -255,6 +257,17 @@ def test_where_it_could_not_act_training_does_not_begin(tmp_path):
         parameter.requires_grad_("lora_S" in name)
     with pytest.raises(UnsupportedError, match="no factor of adapter 'default' is trainable"):
         run(frozen, tmp_path / "b")
+
+
+@pytest.mark.parametrize("told_by", ["arguments", "parameters"])
+def test_factors_in_shards_are_refused_before_training(told_by):
+    model = sorsa()
+    if told_by == "parameters":
+        for parameter in model.parameters():
+            parameter.ds_id = 0  # ZeRO-3's mark
+    args = SimpleNamespace(deepspeed="zero3.json" if told_by == "arguments" else None, fp16=False)
+    with pytest.raises(UnsupportedError, match="DeepSpeed and FSDP keep parameters in shards"):
+        FactorTerms(list(orthonormal_terms(model, None)), args)
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
