@@ -377,7 +377,10 @@ LOSSES = (0.8, 0.6, 0.4, 0.2)
 
 
 def divergence_at_equal_loss() -> list[str]:
-    """The divergence at equal task losses: of each seed between the two rates around a loss, linear in its log."""
+    """The divergence at equal task losses: of each seed between the two rates around a loss, linear in its log.
+
+    The geometric mean of the seeds that have rates on both sides, and the least and most of them.
+    """
     entries, rows = read("sweep")["recipes"], []
     for name in (name for name, sweep in SWEEPS.items() if sweep.divergence and name in entries):
         seeds: dict[str, list[dict[str, Any]]] = {}
@@ -387,7 +390,8 @@ def divergence_at_equal_loss() -> list[str]:
             cells = []
             for loss in LOSSES:
                 found = [one for runs in seeds.values() if (one := _divergence_at(runs, text, loss)) is not None]
-                cells.append(f"{statistics.geometric_mean(found):.2g} ({len(found)})" if found else "")
+                mean = f"{statistics.geometric_mean(found):.2g}" if found else ""
+                cells.append(mean + (f" ({min(found):.2g} to {max(found):.2g})" if len(found) > 1 else ""))
             rows.append([f"{name.replace(', 500 steps', '')}, {text.removeprefix('pocket/')}", *cells])
     return _table(["KL at a task loss of", *(f"{loss:g}" for loss in LOSSES)], rows)
 

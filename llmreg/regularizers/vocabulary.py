@@ -176,10 +176,10 @@ def teacher_kl(
     _check_trainable(head)
     if len(hidden) != len(teacher_hidden):
         raise RecipeError(f"hidden has {len(hidden)} tokens and teacher_hidden {len(teacher_hidden)}; give the same.")
-    if _shape(head.weight)[0] != _shape(teacher_head.weight)[0]:
+    if head.vocabulary != teacher_head.vocabulary:
         raise RecipeError(
-            f"the head has {_shape(head.weight)[0]} tokens in its vocabulary and the teacher's "
-            f"{_shape(teacher_head.weight)[0]}; a divergence needs one vocabulary."
+            f"the head has {head.vocabulary} tokens in its vocabulary and the teacher's "
+            f"{teacher_head.vocabulary}; a divergence needs one vocabulary."
         )
     if not temperature > 0:
         raise RecipeError(f"temperature must be > 0, got {temperature!r}.")
@@ -320,6 +320,6 @@ def _check_asked(
         share = kappa if kappa is not None else tau
         if not (isinstance(share, int | float) and 0 < share < 1):
             raise RecipeError(f"{'tau' if kappa is None else 'kappa'} must be between 0 and 1, got {share!r}.")
-    vocabulary = _shape(head.weight)[0]
+    vocabulary = head.vocabulary
     if "top_k_entropy" in outputs and not (isinstance(top_k, int) and 0 < top_k <= vocabulary):
         raise RecipeError(f"top_k_entropy needs top_k of 1 to {vocabulary}, the vocabulary, got {top_k!r}.")

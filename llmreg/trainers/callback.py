@@ -38,7 +38,7 @@ class RegularizerCallback(TrainerCallback):
     advantages is refused. `llmreg.trainers` tell it.
 
     A trainer tells nobody that it was interrupted (an exception, Ctrl-C). What the callback then left on the model goes
-    when a training with another callback begins, or with `callback.end()`; `llmreg.trainers` see to it themselves.
+    when a training with a callback begins, or with `callback.end()`; `llmreg.trainers` see to it themselves.
 
     Args:
         regularizers: apply these, the orthonormal one to every active adapter with orthonormal factors (SORSA), with

@@ -11,7 +11,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from ..errors import UnsupportedError
 from ..regularizers.base import Head
-from ..weights.storage import is_dtensor
+from ..weights.storage import is_dtensor, is_linear8bit
 
 __all__ = [
     "active_configs",
@@ -192,7 +192,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     try:
         module.eval()
         for part in training:
-            if type(part).__name__ == "Linear8bitLt":
+            if is_linear8bit(part):
                 part.training = True
         yield
     finally:

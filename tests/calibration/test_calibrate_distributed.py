@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import two_processes
 from calibration_worker import gather
 from language_models import relative
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -20,10 +18,7 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(300)]
 
 
 def run_two(model_dir: Path, out: Path) -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [sys.executable, *launcher, str(WORKER), str(model_dir), str(out)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+    done = two_processes.run(str(WORKER), str(model_dir), str(out), timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import fresh_process
 import pytest
 import torch
 import trl_runs
+import two_processes
 from safetensors.torch import load_file
 
 WORKER = Path(__file__).with_name("output_terms_worker.py")
@@ -34,11 +31,7 @@ def trained(base: Path, out: Path, processes: int, rows: int, *cases: str, mode:
     if processes == 1:
         done = fresh_process.run(fresh_process.RUN_FILE, *arguments, folder=out)
     else:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        if mode == "plain":
-            environment["ACCELERATE_USE_CPU"] = "true"
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        done = subprocess.run([*launcher, *arguments], capture_output=True, text=True, env=environment, timeout=580)
+        done = two_processes.run(*arguments, **({"ACCELERATE_USE_CPU": "true"} if mode == "plain" else {}))
     assert done.returncode == 0, done.stderr[-3000:]
     return {
         case: (load_file(out / f"{case}.safetensors"), json.loads((out / f"{case}.json").read_text())) for case in cases
@@ -78,21 +71,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path, base: Path, one_pro
             torch.testing.assert_close(found["squared"][0][key], value, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "mode",
-    [
-        "fsdp2",
-        pytest.param(
-            "zero3",
-            marks=[
-                pytest.mark.slow,  # the first run compiles DeepSpeed's communication for a minute or two
-                pytest.mark.skipif(
-                    importlib.util.find_spec("deepspeed") is None, reason="needs the extra llmreg[deepspeed]"
-                ),
-            ],
-        ),
-    ],
-)
+@pytest.mark.parametrize("mode", two_processes.SHARDED)
 def test_with_the_head_in_shards_two_processes_take_the_steps_of_one(
     tmp_path: Path, base: Path, one_process: dict[str, Result], mode: str
 ) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import adapter_files as saved
 import pytest
+import two_processes
 
 WORKER = Path(__file__).with_name("quantized_worker.py")
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(600)]
@@ -16,13 +14,5 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(600)]
 
 def test_all_ranks_hold_the_first_one_s_residual(tmp_path):
     base = saved.checkpoint(tmp_path / "base")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launcher, str(WORKER), str(base)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        timeout=580,
-        check=False,
-    )
+    done = two_processes.run(str(WORKER), str(base))
     assert done.returncode == 0, done.stderr[-3000:]

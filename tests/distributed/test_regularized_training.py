@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import fresh_process
 import pytest
 import torch
+import two_processes
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -26,7 +24,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64
     )
     LlamaForCausalLM(config).save_pretrained(folder / "base")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     outs = {}
     for processes in (1, 2):
         outs[processes] = folder / str(processes)
@@ -35,10 +32,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
         if processes == 1:
             done = fresh_process.run(fresh_process.RUN_FILE, *arguments, folder=folder)
         else:
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-            done = subprocess.run(
-                [*launcher, *arguments], capture_output=True, text=True, env=environment, timeout=580, check=False
-            )
+            done = two_processes.run(*arguments, ACCELERATE_USE_CPU="true")
         assert done.returncode == 0, done.stderr[-3000:]
     return outs
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import fresh_process
 import pytest
 import torch
+import two_processes
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -48,11 +45,7 @@ def run(mode: str, model_dir: Path, out: Path) -> Results:
     if mode == "single":
         done = fresh_process.run(fresh_process.RUN_FILE, *arguments, folder=out)
     else:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [*launcher, *arguments], capture_output=True, text=True, env=environment, timeout=580, check=False
-        )
+        done = two_processes.run(*arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     return {method: _result(out / method) for method in METHODS}
 
@@ -68,21 +61,7 @@ def one_process(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Re
     return run("single", model_dir, tmp_path_factory.mktemp("single") / "out")
 
 
-@pytest.mark.parametrize(
-    "mode",
-    [
-        "fsdp2",
-        pytest.param(
-            "zero3",
-            marks=[
-                pytest.mark.slow,  # the first run compiles DeepSpeed's communication for a minute or two
-                pytest.mark.skipif(
-                    importlib.util.find_spec("deepspeed") is None, reason="needs the extra llmreg[deepspeed]"
-                ),
-            ],
-        ),
-    ],
-)
+@pytest.mark.parametrize("mode", two_processes.SHARDED)
 def test_two_sharded_processes_equal_one(mode: str, model_dir: Path, tmp_path: Path, one_process: Results) -> None:
     results = run(mode, model_dir, tmp_path / "out")
     for method, (expected_losses, expected) in one_process.items():
